@@ -73,8 +73,6 @@ def quotient(
 ) -> torch.Tensor:
     """Return ``value / scale + zero``, where each step is rounded to bfloat16: float32 ``[lines, in]``, new memory.
 
-    A sum has no negative zero, and the library adds a zero in every scheme.
-
     Args:
         values: float32 ``[lines, in]``; they are rounded to bfloat16 first.
         scale: bfloat16 ``[lines, groups]``.
@@ -88,4 +86,5 @@ def quotient(
         part.div_(scale[:, columns, None])
         if zero is not None:
             part.add_(zero[:, columns, None])
+    # A sum has no negative zero, and the library adds a zero in every scheme.
     return found.float().add_(0.0) if zero is None else found.float()

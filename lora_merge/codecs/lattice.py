@@ -189,6 +189,7 @@ class Table:
     def neighbours(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the levels below and above."""
         levels, last = _tensor(self.levels, numbers.device), len(self.levels) - 1
+        # Each interval ends just below a level, so its number is that of the next level above.
         above = _below(self.levels, numbers.device).of(numbers.reshape(-1))
         below = (above - 1).clamp_(min=0)
         low, high = (levels.index_select(0, at.clamp_(max=last)) for at in (below, above))
@@ -273,6 +274,7 @@ def _between(levels: tuple[float, ...], device: torch.device) -> _Intervals:
     exact = torch.tensor(levels, dtype=torch.float64)
     exact = (exact[:-1] + exact[1:]) / 2
     borders = exact.float()
+    # The largest float32 that is not above the middle, so that ties go down.
     return _intervals(borders.where(borders <= exact, _just_below(borders)), levels, device)
 
 

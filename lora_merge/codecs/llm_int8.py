@@ -54,10 +54,11 @@ class LlmInt8(Coded):
         storage: Storage,
         stored: Mapping[str, torch.Tensor],
     ) -> Grid:
-        """Return the grid of the stored scales. A code of -128 is never made, as bitsandbytes makes none."""
+        """Return the grid of the stored scales."""
         del storage
         lines = lines_of(tile)
         return stored_grid(
+            # Without -128, which bitsandbytes never makes.
             Integers(-127, 127),
             lambda levels: out[WEIGHT].view(lines.n, lines.width).copy_(levels),
             stored[WEIGHT].view(lines.n, lines.width).float,
