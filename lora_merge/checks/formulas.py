@@ -90,6 +90,7 @@ class Site:
         they are.
         """
         columns = (0, self.op.view.columns)
+        # Of a vector the box has rows only.
         box = delta.region.box if len(delta.region.box) > 1 else (*delta.region.box, columns)
         box = box if len(box) == 3 else ((0, 1), *box)
         (first, last), (top, bottom), _ = box

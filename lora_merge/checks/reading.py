@@ -58,12 +58,10 @@ class Reader:
         self._last: tuple[TensorRef, torch.Tensor] | None = None
 
     def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
-        """Return a tensor as a float64 matrix, a row for each entry of its first axis; all rows or some.
-
-        The last whole one is kept: each expert of a stack asks for the same.
-        """
+        """Return a tensor as a float64 matrix, a row for each entry of its first axis; all rows or some."""
         if rows is not None:
             return self.source(ref, rows, ref.shape[0])
+        # The last whole one is kept: each expert of a stack asks for the same.
         if self._last is None or self._last[0] != ref:
             self._last = ref, self.source(ref, range(ref.shape[0]), ref.shape[0])
         return self._last[1]

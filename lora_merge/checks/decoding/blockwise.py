@@ -34,7 +34,7 @@ def _row(stored: StoredRows, row: int) -> Levels:
 
 
 def _absmax(stored: StoredRows, first: int, last: int) -> torch.Tensor:
-    """Return the scales of some blocks, float64. Nested ones are decoded in float32, since the library stops there."""
+    """Return the scales of some blocks, float64."""
     import torch
 
     nested = setting(stored, "nested")
@@ -44,6 +44,7 @@ def _absmax(stored: StoredRows, first: int, last: int) -> torch.Tensor:
         return raw.floats().flatten()
     outer = torch.arange(first, last) // nested
     scale = stored.part("nested_absmax", range(int(outer[0]), int(outer[-1]) + 1), -(-count // nested))
+    # In float32, since the library stops there.
     values = stored.whole("nested_table").float()[raw.content.flatten().long()]
     offset = torch.tensor(float(dict(stored.weight.storage.settings)["offset"]), dtype=torch.float32)
     return (values * scale.floats().flatten().float()[outer - outer[0]] + offset).double()

@@ -78,6 +78,7 @@ class Scheme:
 
     def _take(self, key: str, value: Any) -> None:
         if key == "group_size" and (value is None or isinstance(value, int)):
+            # Null and -1 mean a whole row.
             self.groups.add(max(value or 0, 0))
         elif key in {"bits", "num_bits", "w_bit"} and isinstance(value, int) and value > 0:
             self.bits.add(value)
@@ -86,6 +87,7 @@ class Scheme:
                 self.blocks.add((value[0], value[1]))
         elif key == "quant_method" and isinstance(value, str):
             self.methods.add(value.lower())
+        # ModelOpt's name for FP8 in blocks, whose size it does not state.
         elif key == "quant_algo" and value == "fp8_pb_wo":
             self.blocks.add((128, 128))
         elif key == "targets" and isinstance(value, list):
