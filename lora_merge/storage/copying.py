@@ -128,6 +128,7 @@ def link(source: Path, target: str, how: Literal["reflink", "hard"], *, dir_fd: 
         if old.fd is None:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         if how == "hard":
+            # In the Hub's cache names are links, and the new name has to be one of the file itself.
             os.link(source.resolve(), target, dst_dir_fd=dir_fd)
             # `os.link` goes by name, and another file may have taken it since it was opened.
             if not os.path.samestat(os.fstat(old.fd), os.stat(target, dir_fd=dir_fd, follow_symlinks=False)):

@@ -90,7 +90,7 @@ def file_digest(path: str | Path, most: int | None = None) -> str:
     """
     digest = new_digest()
     with open_source(path) as source:
-        # Before the first byte is read.
+        # Before the first byte is read: a sparse file takes no room on the disk, and may take hours to read.
         if most is not None and source.nbytes > most:
             raise CheckpointError(str(path), "", f"has {source.nbytes} bytes", f"at most {most}")
         for block in read_blocks(source, 0, source.nbytes):

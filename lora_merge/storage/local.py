@@ -43,9 +43,6 @@ class LocalSource:
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Read into a buffer from an offset, with one call; return the number of bytes, 0 at the end.
 
-        Python's `os.preadv` uses ``preadv2``, which some filesystems and sandboxes refuse. Then ``pread`` is used,
-        which all know.
-
         Raises:
             OSError: they cannot be read.
         """
@@ -57,6 +54,7 @@ class LocalSource:
                 # A real fault of the disk is raised at once.
                 if exc.errno not in UNABLE:
                     raise
+            # Python's `os.preadv` uses ``preadv2``, which some filesystems and sandboxes refuse; all know ``pread``.
             data = os.pread(self.fd, min(len(buffer), _PLAIN_READ_BYTES), offset)
         except OverflowError:  # no file is as long as that
             return 0

@@ -182,13 +182,12 @@ class LocalDestination:
     def free_bytes(out: str) -> int:
         """Return the free bytes of the filesystem that the output goes to; staging that the next run will clear
         counts as free.
-
-        Some filesystems (in FUSE) do not say how large they are. They count as having room: writing will tell.
         """
         try:
             usage = shutil.disk_usage(nearest_existing(Path(out)))
         except OSError:
             return _UNKNOWN_BYTES
+        # Some filesystems (in FUSE) do not say how large they are: they count as having room, and writing will tell.
         return usage.free + staging.stale_bytes(Path(out)) if usage.total else _UNKNOWN_BYTES
 
     @property

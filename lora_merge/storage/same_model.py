@@ -209,6 +209,7 @@ def _words(name: str) -> tuple[str, ...]:
         (('llama', '3', '8b'), ('llama', '3', '8b'), ())
     """
     words = [word for word in re.split(r"[-_. ]+", _last(name)) if word and word not in _STORAGES]
+    # Meta's own repos have the maker in the name, and copies mostly have not.
     if len(words) > 1 and words[0] == "meta" and words[1].startswith("llama"):
         words = words[1:]
     return tuple(part for word in words for part in re.findall(r"\d\w*|[^\W\d]+", word))

@@ -169,6 +169,7 @@ class StoreDestination:
             if not run.is_ended:
                 raise self._is_locked(run, "with other inputs, options or versions")
             return Left(None, {}, has_journal=True)
+        # Parts leave the lock as it is. A run that goes on alone puts its own name into it.
         self._run = run if self._wish.shared and not run.is_ended else Run.here(merge, run.old)
         if self._run is not run:
             self._staging.take_over(self._run)
@@ -213,6 +214,7 @@ class StoreDestination:
         # From here on this is not a checkpoint, until its own configuration is there.
         if is_first or not self._wish.shared:
             self._staging.unseal()
+        # With the mark it is this output's own: another process is completing it.
         if self._store.entry(CONFIG_FILE) is not None and self._staging.sealed() is None:
             self._store.delete([CONFIG_FILE])
 

@@ -264,13 +264,13 @@ class StoreStaging:
         self._store.delete([f"{FILES}{file}.json" for file in files])
 
     def clear(self) -> None:
-        """Remove everything in staging: the evidence, then the lock, then the mark. Without the mark, a configuration beside a lock
-        would be taken for that of an older output.
+        """Remove everything in staging: the evidence, then the lock, then the mark.
 
         Raises:
             WriteError: the store refused it.
         """
         names = self._store.entries().keys()
+        # Without the mark, a configuration beside a lock would be taken for that of an older output.
         for some in (names - {RUN, SEALED}, names & {RUN}, names & {SEALED}):
             self._store.delete(sorted(some))
 

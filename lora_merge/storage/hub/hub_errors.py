@@ -48,6 +48,7 @@ def _hub_error(source: Source, exc: BaseException) -> ResolveError:
 
     status = getattr(getattr(exc, "response", None), "status_code", 0)
     pass_token = "pass --token, set HF_TOKEN or run `hf auth login`"  # noqa: S105 - advice
+    # A disabled repo answers 403 too, and accepting a licence does not open it.
     if isinstance(exc, errors.GatedRepoError) or (status == 403 and not is_named(exc, "Disabled")):
         sentence = "is gated or private, and you have no access"
         hint = f"accept the licence at https://huggingface.co/{source.repo}, then {pass_token}"

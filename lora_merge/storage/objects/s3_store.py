@@ -52,11 +52,10 @@ class S3Store(BucketStore):
     def file(self, name: str, nbytes: int) -> Iterator[FileSink]:
         """Write a large file in the block; an exception in it aborts the upload.
 
-        A store that states no checksums may refuse to be sent any, so obstore writes into it.
-
         Raises:
             WriteError: it cannot be written, or is not what was sent.
         """
+        # A store that states no checksums may refuse to be sent any, so obstore writes into it.
         if not self.can_copy:
             with super().file(name, nbytes) as plain:
                 yield plain

@@ -140,6 +140,7 @@ class CopyingUpload(SizedUpload):
             self._gather(0)
             expected = self._complete()
         else:
+            # Less than a part: the whole file in one request.
             expected = _crc(self._part)
             self._checked(self._client.put_object, Body=self._part, ChecksumCRC64NVME=_base64(expected))
         self._close()
