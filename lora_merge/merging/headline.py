@@ -136,6 +136,7 @@ def architecture(config: Mapping[str, Any]) -> str:
     text = _TASKS.sub("", named) or named if isinstance(named, str) else ""
     for pattern, word in _SPELLINGS:
         text = pattern.sub(word, text)
+    # A stranger's text: it may be long, and hold what a terminal obeys.
     return printable(text.strip())[:40] or "Model"
 
 

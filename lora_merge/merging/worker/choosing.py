@@ -161,6 +161,7 @@ class Choosing:
             return []
         if self._along:
             rows, columns = self._op.view.rows, self._op.view.columns
+            # Outputs are columns here: all of those of the matrices that the tile has rows of.
             start, end = start // rows * columns, -(-end // rows) * columns
         return self._spans.of(start, end, changers)
 
@@ -197,6 +198,7 @@ class Choosing:
         """Return ‖ΔQᵀ‖ and ‖(Δ′ - Δ)Qᵀ‖ over all tiles; -1 for both where nothing was kept account of."""
         if not self._is_accounted:
             return -1.0, -1.0
+        # Squares from factors may be rounded to below zero.
         effect, error = (math.sqrt(max(sum(map(float, one)), 0.0)) for one in (self._effects, self._errors))
         return effect, error
 

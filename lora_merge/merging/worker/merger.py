@@ -240,6 +240,7 @@ class Merger:
         bench = self._workbench("looking", Workbench)
         for op in (order.op, *order.op.surveyed):
             working, codec = self._working(op), CODECS[op.source.storage.codec]
+            # Watched, since no record has the digest of this reading.
             with WeightReader(op.source, op.view.n_rows, is_watched=True) as reader:
                 for start, end in self._tiles(op):
                     changers, tile = working.on(start, end), reader.tile(start, end)

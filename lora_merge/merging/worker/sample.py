@@ -25,8 +25,7 @@ SAMPLE_ELEMENTS = 1 << 14
 class Sample:
     """The first rows of the middle tile of a tensor, kept as they were before the merge.
 
-    Nothing waits for the device until `survival` is called. A tensor whose rows are trained one by one has no sample,
-    which would miss those rows.
+    Nothing waits for the device until `survival` is called.
 
     Args:
         op: what is done to the tensor.
@@ -37,7 +36,7 @@ class Sample:
     def __init__(self, op: Merge, n_tiles: int, elements: int = SAMPLE_ELEMENTS) -> None:
         self._elements = elements
         self._target = op.target
-        # -1 is no tile's number.
+        # Of a tensor whose rows are trained one by one, a sample would miss those rows. -1 is no tile's number.
         self._tile = n_tiles // 2 if any(not delta.facts.replaces_rows for delta in op.deltas) else -1
         self._saturated: torch.Tensor | None = None
         self._before: torch.Tensor | None = None

@@ -130,6 +130,7 @@ class Frame:
         if choose is None and self._target.is_dense:
             # One call of torch, which rounds to nearest, ties to even.
             rounded = self.rounded[WEIGHT]
+            # In float32 the two are one buffer.
             if rounded is not self.values:
                 rounded.copy_(self.values)
             return
