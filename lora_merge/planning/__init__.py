@@ -57,6 +57,7 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
         *merged_before(joined, policy),
         *joined.issues_of_adapters,
         *judged(joined, policy),
+        # A join that ended early has no changes that could be asked about.
         *([*combining_issues(joined, policy), *storing_issues(joined, policy)] if joined.is_whole else ()),
     ]
     raise_errors(issues)

@@ -43,6 +43,7 @@ def moved_base(base: Place, adapters: Sequence[Place]) -> tuple[Issue, ...]:
                 )
                 hint = f"use the revision that the adapter names: --base {replace(named, folder=folder)}"
                 issues.append(warning("base-moved", base.text, sentence, hint))
+            # The best name that has a revision decides.
             break
     return tuple(issues)
 

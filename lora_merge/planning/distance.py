@@ -57,6 +57,7 @@ def distances(
             continue
         one, other = ours[name], others[ours[name].name]
         left -= _bytes_read(one) + _bytes_read(other)
+        # One tensor is measured whatever it takes: without any, nothing could be said.
         if left < 0 and found:
             break
         ratio = _difference(one, other) * math.sqrt(_n_changed(one, deltas[name])) / norm
@@ -71,6 +72,7 @@ def _is_comparable(one: Weight, other: Weight | None, deltas: Sequence[PlacedDel
         and one.shape == other.shape
         and len(one.shape) > 1
         and math.prod(one.shape) > 0
+        # q is what quantising did: two dense copies have none.
         and not (one.storage.is_dense and other.storage.is_dense)
         and bool(deltas)
         and all(delta.facts.has_factors and delta.facts.is_sum for delta in deltas)
@@ -99,6 +101,7 @@ def _square(delta: PlacedDelta, factors: Factors) -> float:
         a, b = found["A"].float(), found["B"].float()
     else:
         a, b = plain_pair(cast("FactorFacts", delta.facts), found)
+    # Rounding may leave a sum next to zero below it.
     return float(((a @ a.mT) * (b.mT @ b)).sum(dtype=torch.float64).clamp(min=0))
 
 

@@ -158,6 +158,7 @@ class _Head:
         """Return True when the base has no place for a parameter under any name."""
         try:
             return parameter not in self._model.sources and self._model.locate(parameter, ref.shape) is None
+        # It has a place that cannot be used, and fitting says why.
         except LayoutError:
             return False
 

@@ -186,6 +186,7 @@ def locate_adapter(
     small = adapter_small(str(found), known, elsewhere, formats, example)
     absent = frozenset(filter(belongs_to_adapter, repo.absent))
     # What is in the small files is checked before any weights are fetched.
+    # A cache may lack the card, which is not needed to read the adapter.
     root = repo.fetch(small - absent - (repo.absent & {CARD_FILE}))
     weights = adapter_weights(known, formats, ignored) | repo.beside(EXTRA_FOLDER)
     copies = adapter_copies(known, ignored)
@@ -229,6 +230,7 @@ def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Pla
         _refuse_pickled(str(found), known)
     # Without its config.json nothing can be done, so that one is asked for and its error is raised.
     absent = frozenset(filter(belongs_to_base, repo.absent)) - {CONFIG_FILE}
+    # A cache may lack the manifest and the card, which are not needed to read the base.
     root = repo.fetch(base_small(str(found), known) - absent - (repo.absent & {MANIFEST_FILE, CARD_FILE}))
     try:
         weights = base_weights(str(found), known, root)

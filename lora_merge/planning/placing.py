@@ -111,6 +111,7 @@ def dtype_patch(base: Checkpoint, main: str | None, dtype: str | None) -> dict[s
         # A part with its own dtype (a float32 vision tower) keeps it, as its tensors do.
         if key in level and (not path or level[key] == TORCH_NAMES[main])
     }
+    # The older of the two names: every release of transformers reads it.
     return patch or {"torch_dtype": dtype}
 
 

@@ -134,6 +134,7 @@ def _misfits(taken: Mapping[str, Matrix], scheme: Scheme, ignored: frozenset[str
     fused = fused_with(taken)
     reasons: dict[str, str] = {}
     for name, one in taken.items():
+        # Of a stack [experts, in, out]: its last two axes, the other way round.
         rows, columns = one.shape[:-3:-1] if scheme.is_of_stacks else one.shape
         if one.module in ignored:
             reasons[name] = "is excluded by --ignore"

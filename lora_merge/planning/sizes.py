@@ -69,6 +69,7 @@ def _n_layers(names: Iterable[str]) -> int:
 
 def _widths(deltas: Iterable[Delta], model: Model) -> tuple[int, int]:
     """Return the hidden size that an adapter was trained on, and the base's; zeros where they are unknown."""
+    # Conv1D stores its weights as [in, out].
     axis = 0 if model.may_hold_conv1d else 1
     levels = [level for _, level in config_levels(model.config)]
     known = {level[field] for level in levels for field in _WIDTHS if isinstance(level.get(field), int)}

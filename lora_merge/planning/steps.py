@@ -159,6 +159,7 @@ def _held_bytes(storage: Storage, shape: tuple[int, ...], view: View) -> int:
         sum(part.nbytes for part in codec.ranges(Tile(shape, view.n_rows, 0, end), storage).values())
         for end in (min(rows, view.rows), view.rows)
     )
+    # A codec that wants most of a matrix for its first rows wants all of it for every tile.
     return one if 2 * one > whole else 0
 
 

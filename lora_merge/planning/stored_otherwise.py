@@ -68,6 +68,7 @@ def _is_odd(name: str, weight: Weight, config: Mapping[str, Any]) -> bool:
     """Return True for stacked experts, for convolutions with channels last, and for names of mlx-vlm."""
     if _STACKED_IN_MLX.search(name):
         return True
+    # A depthwise kernel is [out, 1, size] in transformers, and [out, size, 1] in mlx-lm.
     if "conv" in name and len(weight.shape) >= 3 and weight.shape[-1] == 1 != weight.shape[1]:
         return True
     return "vision_config" in config and _VISION_IN_MLX.match(name) is not None
