@@ -286,6 +286,7 @@ class _Reading:
             path
             for key in self._keys
             if not any(module == key or module.endswith(f".{key}") for module in self._groups)
+            # Without tensors the number of experts is not known: one of them stands for all.
             for path in (_experts(key, 1) if _STACK.fullmatch(key) else [key])
         ]
 

@@ -48,6 +48,7 @@ def as_mlx_lm(
     keys = sorted({ref.name.rpartition(".")[0] for ref in refs})
     renamed = tuple(replace(ref, name=_renamed(ref.name)) for ref in refs)
     settings = {"rank": rank, "scale": scale, "keys": keys}
+    # All layers: the keys are whole paths, and name the trained ones.
     return {"lora_parameters": settings, "num_layers": -1, "fine_tune_type": "lora"}, renamed
 
 
