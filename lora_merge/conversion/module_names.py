@@ -125,6 +125,7 @@ def filled(modules: Sequence[LoraModule], joined: Joined, recipe: Recipe) -> lis
         twin = twin or named.get(path.rpartition(".")[2])
         if twin is not None and len(shape) == 2 and joined.stored.module(path) not in known:
             # With the rank and scale of its twin: some engines take one rank and one α for all modules.
+            # A twin that is still to be decomposed has the rank 0.
             found.append(LoraModule(path, "linear", Unchanged(), shape, max(twin.rank, 1), twin.scale))
     return found
 

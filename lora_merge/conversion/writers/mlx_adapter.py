@@ -97,6 +97,7 @@ def _tensors(members: list[Made], factors: LoadFactors) -> dict[str, torch.Tenso
 def _config(lora: Lora, groups: dict[str, list[Made]]) -> dict[str, object]:
     # mlx-lm wraps modules by their path inside a layer, in all layers.
     keys = {match["key"] if (match := _LAYER.fullmatch(path)) else path for path in groups}
+    # mlx-lm's loader demands a dropout, though only training uses it.
     parameters = {"rank": lora.made[0].rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)}
     return {
         "fine_tune_type": "lora",
