@@ -46,6 +46,7 @@ def add_scaled(
         shapes: that they may have; none for that of the grid.
     """
     found = draft.tensors.get(scale)
+    # Without scales `Draft.add` refuses the weight, and their dtype does not matter.
     how = scaled_storage(ref, block, found.dtype if found is not None else dtypes[0])
     wanted = Wanted("scale", scale, dtypes, shapes or (grid(ref.shape, *block),))
     return draft.add(ref.name, ref.shape, how, [codes_of(ref.name, ref.dtype, ref.shape), wanted])

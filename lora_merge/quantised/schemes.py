@@ -66,6 +66,7 @@ class Scheme:
         Args:
             dense: full names of the linear layers that are not quantised.
         """
+        # A deep copy: all outputs share the tables of the template.
         return {**copy.deepcopy(dict(self.template)), self.left_dense: list(dense)}
 
     def names(self, module: str) -> dict[str, str]:
