@@ -99,6 +99,7 @@ def _unpack(words: torch.Tensor, first: int, out: torch.Tensor) -> None:
     lines = along_lines(words, first // _PER_WORD, -(-last // _PER_WORD))
     for k, shift in enumerate(_SHIFTS):
         rows = out[k::_PER_WORD]
+        # The last word may have fewer than eight rows.
         rows.copy_((lines[: rows.shape[0]] >> shift).bitwise_and_(15))
 
 

@@ -124,6 +124,7 @@ class Fp4(Coded):
     def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Return the codes, the scales (E8M0 as plain bytes), perhaps the scale of the whole tensor."""
         of, (*lines, width) = _settings(storage), shape
+        # compressed-tensors stores powers of two as uint8.
         scale = "U8" if of.scale == "F8_E8M0" else of.scale
         found = {
             WEIGHT: ("U8", (*lines, width // 2)),

@@ -76,9 +76,7 @@ class Mxfp4Experts(Coded):
         storage: Storage,
         stored: Mapping[str, torch.Tensor],
     ) -> Grid:
-        """Return the grid of the stored scales. A line has values of as many groups as it is long, since groups lie across
-        lines. The tile's share of each stored row is written into all of it.
-        """
+        """Return the grid of the stored scales. The tile's share of each stored row is written into all of it."""
         del storage
         import torch
 
@@ -94,8 +92,10 @@ class Mxfp4Experts(Coded):
             return levels
 
         def pack(levels: torch.Tensor) -> None:
+            # The scales are only there because `_pieces` cuts both parts.
             _pack(lines, levels, {WEIGHT: out[WEIGHT], _SCALE: stored[_SCALE]})
 
+        # Groups are across lines, so each value of a line has a scale.
         return stored_grid(E2M1, pack, unpack, scale, group=1)
 
     def fresh(

@@ -70,14 +70,13 @@ class PackedInt(Coded):
     def decode(
         self, tile: Tile, parts: Mapping[str, torch.Tensor], out: torch.Tensor, storage: Storage
     ) -> None:
-        """Unpack the codes, and apply the zero and the scale of each group. Both codes and zeros are offset, so that the
-        offsets cancel.
-        """
+        """Unpack the codes, and apply the zero and the scale of each group."""
         settings, lines = dict(storage.settings), lines_of(tile)
         bits, codes = int(settings["bits"]), out.view(lines.n, lines.width)
         codes.copy_(unpack(parts[WEIGHT], bits, lines.width))
         scale = parts["scale"].float()
         if settings["zero"]:
+            # Codes and zeros are both offset, so that the offsets cancel.
             zero = _zeros(lines, parts["zero"], bits)
         else:
             zero = scale.new_full(scale.shape, 1 << (bits - 1))

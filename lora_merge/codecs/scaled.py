@@ -106,6 +106,7 @@ class Scaled(Coded):
             LATTICES[of.codes],
             lambda levels: pack_bytes(levels, of.codes, kept),
             unpack,
+            # A grid has a row of scales for each line, and `_scale` one row where all share it.
             scale.expand(lines.n, -1),
             group=of.block_columns,
         )
