@@ -79,6 +79,7 @@ class Panel(NamedTuple):
             reach *= 2.0 ** -(1 + lattice.mantissa_bits)
         elif not isinstance(lattice, Integers):
             first, last = (torch.tensor(end, dtype=torch.float32) for end in lattice.ends)
+            # At an end both neighbours are the end itself, and the step would be 0.
             inside = self.numbers.clamp(
                 torch.nextafter(first, last).item(), torch.nextafter(last, first).item()
             )

@@ -92,6 +92,7 @@ def schedule_of(basis: torch.Tensor, damping: float) -> Schedule:
     squares = basis.double().square().sum(0)
     mean = rank / n_columns
     to_come = (squares.sum() - squares.cumsum(0)).div_(rank)
+    # Not below the last sweep's: no column is to come after the last, and its λ must not be 0.
     each = to_come.mul_(_TAPER).clamp_(max=damping).clamp_(min=_SWEEPS[-1] * mean)
     before = n_columns - last_panel(rank, n_columns)
     steps = _steps(basis, squares, each)
