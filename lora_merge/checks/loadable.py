@@ -25,8 +25,7 @@ _MILDER: dict[Severity, Severity] = {"error": "warning", "warning": "note"}
 def loadable(evidence: Evidence) -> Iterator[Issue]:
     """Yield the gate's findings; one severity lower where the base has the same fault.
 
-    A base that names no architecture, say, is merged as it is: its owner knows how it is loaded. Whether the model has a
-    tensor for every parameter is checked where transformers is loaded anyway: loading it can take as long as a merge.
+    A base that names no architecture, say, is merged as it is: its owner knows how it is loaded.
     """
     base = local_path(evidence.plan.base)
     found = [issue for issue in gate(evidence.output) if not _came_along(issue, evidence.root, base)]
@@ -50,5 +49,6 @@ def _came_along(issue: Issue, root: Path, base: Path) -> bool:
 
 def gate(output: Output) -> list[Issue]:
     """Return the findings of the gate's rules in a directory; slow ones only where transformers is imported already."""
+    # Loading transformers can take as long as a merge.
     rules = [rule for name, rule in RULES.items() if name not in SLOW or "transformers" in sys.modules]
     return [issue for rule in rules for issue in rule(output)]

@@ -56,8 +56,7 @@ def _gptq(stored: StoredRows, rows: Sequence[int]) -> Levels:
 def _gptq_zeros(stored: StoredRows, rows: Sequence[int], bits: int, n_groups: int) -> torch.Tensor:
     """Return the zero points of some outputs, int64 ``[rows, groups]``.
 
-    They are packed along the outputs. Version 1 stores one less. GPTQModel subtracts it from whole words, so a field may have
-    borrowed from the next: the same word is added here. Where fields cross words, each has been changed alone.
+    They are packed along the outputs. Version 1 stores one less.
     """
     import torch
 
@@ -67,11 +66,14 @@ def _gptq_zeros(stored: StoredRows, rows: Sequence[int], bits: int, n_groups: in
     raw = stored.part("zero", range(n_groups), n_groups, (4 * first, 4 * last))
     is_less = setting(stored, "version") == 1
     if is_less and bits != 3:
+        # GPTQModel subtracts 1 from all fields of a word at once, so one may have borrowed from the next: the same word
+        # is added here.
         words = raw.words() + sum(1 << bit for bit in range(0, 32, bits)) & 0xFFFFFFFF
         halves = words - (words >> 31 << 32)  # as signed words
         raw = Raw(halves.int().view(torch.uint8).view(n_groups, -1), "I32")
     fields = raw.fields(bits)
     if is_less and bits == 3:
+        # These fields cross words, and each was changed alone.
         fields = fields + 1 & 7
     return fields[:, torch.tensor(rows) - first * 32 // bits].T
 
