@@ -141,6 +141,7 @@ class _Held:
 
     def add(self, start: int, block: memoryview) -> None:
         """Keep a copy of some bytes."""
+        # An empty tensor begins where the next one does, and would be taken for it.
         if not block:
             return
         if len(block) <= self._room:

@@ -73,6 +73,7 @@ _TESTS: tuple[tuple[Callable[[bytes], bool], Instead], ...] = (
         Instead("is a web page: the server sent an error or its login page", _AGAIN),
     ),
     (
+        # A JSON file may begin like that too, but an error message is short.
         lambda text: text.startswith(_REFUSALS) or (text.startswith(b'{"error"') and len(text) < HEAD_BYTES),
         Instead("is an error message of a server: the file itself was not downloaded", _AGAIN),
     ),

@@ -54,6 +54,7 @@ def _spelling_hint(text: str, role: str) -> str:
     if plain != text:
         return f"remove the space at the start or end of the path: --{role} {plain!r}"
     spelt = next((hint for pattern, hint in _SPELLINGS if pattern.search(text)), "")
+    # Pages first: their addresses begin with https://, which is a spelling too.
     return _page_hint(text, role) or spelt or _weight_hint(text)
 
 

@@ -32,6 +32,7 @@ def borrowed_block() -> Iterator[memoryview]:
     """Yield a block of `BLOCK_BYTES` that is used again later: the kernel need not find and clear new pages each
     time.
     """
+    # Not asked first whether there is one: another thread may take the last in between.
     try:
         block = _BLOCKS.pop()
     except IndexError:

@@ -40,6 +40,7 @@ def read_bytes(path: str | Path, most: int = MAX_JSON_BYTES) -> bytes:
         if source.nbytes > most:
             raise CheckpointError(str(path), "", f"has {source.nbytes} bytes", f"at most {most}")
         parts, n_read = [], 0
+        # Up to one byte more than allowed, which shows that there are too many.
         while n_more := read_some(source, block[: min(BLOCK_BYTES, most + 1 - n_read)], n_read):
             parts.append(bytes(block[:n_more]))
             n_read += n_more

@@ -107,6 +107,7 @@ class LocalCopy:
                 self.versions[name] = version
                 self._watch.advance(version.size)
         for name in names:
+            # The run means these versions, also of what an earlier run has copied.
             with self.open(name) as source:
                 input_files.tell_opened(source)
         return self.root
@@ -271,6 +272,7 @@ def local_path(text: str) -> Path:
     """
     if parse_store_url(text) is None:
         return Path(text)
+    # A list, since entries of a weak dictionary may vanish meanwhile.
     for url, copy in list(_NAMED.items()):
         if text == url or text.startswith(f"{url}/"):
             return Path(normpath(copy.home / text.removeprefix(f"{copy.above}/")))

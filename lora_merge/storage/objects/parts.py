@@ -100,6 +100,7 @@ class PartWriter(SizedUpload):
     def __init__(self, upload: WritableFile, text: str, nbytes: int) -> None:
         super().__init__(text, nbytes)
         self._upload = upload
+        # A small file needs no buffer of a whole part.
         self._part_bytes = min(part_bytes(nbytes), nbytes)
         self._part, self._filled = bytearray(), 0
 
@@ -138,4 +139,5 @@ class PartWriter(SizedUpload):
         if self._filled:
             with writing(self._text):
                 self._upload.write(memoryview(self._part)[: self._filled])
+        # A new one: obstore holds the last until it is sent.
         self._part, self._filled = bytearray(), 0

@@ -80,7 +80,9 @@ class RangedSource:
         if block is None:
             return self._read_directly(buffer[:count], offset)
         count = min(count, block.end - offset)
+        # Waited for without the lock, so that other threads can read other blocks.
         buffer[:count] = block.content.result()[offset - block.start : offset - block.start + count]
+        # Readers go forward, so a block that was read to its end makes room for the next.
         if offset + count == block.end:
             self._drop(block)
         return count

@@ -122,6 +122,7 @@ class CopyingUpload(SizedUpload):
         version = self._version_of(url)
         if short:
             self.write(memoryview(self._read(url, version, start, short)))
+        # The first bytes were counted when they were written.
         self._count(nbytes - short)
         self._send()
         for at, count in pieces(start + short, nbytes - short):
@@ -176,6 +177,7 @@ class CopyingUpload(SizedUpload):
                 self._upload = begun["UploadId"]
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(PARTS_UNDER_WAY, "upload")
+            # Before one more is begun, so that memory holds no more parts than these.
             self._gather(PARTS_UNDER_WAY - 1)
             self._n_parts += 1
             self._under_way.append(self._pool.submit(job, self._n_parts, *arguments))
