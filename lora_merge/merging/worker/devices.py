@@ -132,15 +132,15 @@ class TorchLoading:
     """Imports torch in the background (a second or more), while copying runs without it.
 
     After an error the import is not waited for: an interrupt may have hit another import and left a lock held that
-    this one needs. What the caller's thread uses meanwhile is imported first: beside this import each of them takes
-    long, and is easily hit. Python swallows an interrupt that arrives while it cleans up after an import, and keeps the
-    lock (`interrupts.strike`, which a program that calls us need not have).
+    this one needs.
 
     Args:
         also: modules that this run uses meanwhile, beside those of every run.
     """
 
     def __init__(self, also: Iterable[str] = ()) -> None:
+        # Beside torch's import each takes long, and is easily hit by an interrupt. Python swallows one that arrives while
+        # it cleans up after an import, and keeps the lock (`interrupts.strike`, which a program that calls us need not have).
         for name in (*_USED_MEANWHILE, *also):
             importlib.import_module(name)
         self._failure: BaseException | None = None
