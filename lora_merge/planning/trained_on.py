@@ -67,6 +67,7 @@ def _llama_factory(path: Path) -> tuple[str, str] | None:
     text = read_text(path)
     bits = re.search(r"^quantization_bit: (\d+)\s*$", text, re.MULTILINE)
     method = re.search(r"^quantization_method: (\w+)\s*$", text, re.MULTILINE)
+    # bitsandbytes is what LLaMA-Factory uses where no method is named.
     return (method[1] if method else "bnb", bits[1]) if bits else None
 
 
