@@ -182,5 +182,6 @@ class Layout:
 
 def _text_path(made: Made) -> str:
     """Return a module's path as in the text model alone. A parameter loses its ``.weight``."""
+    # ``model.language_model.model.`` would leave the first word twice.
     path = made.module.path.replace("language_model.", "").replace("model.model.", "model.")
     return path.removesuffix(".weight") if made.module.form == "experts" else path
