@@ -108,7 +108,7 @@ def about_unknown_options(read: Reading) -> Advice:
     head = sentences[0] if len(sentences) == 1 else f"{len(sentences)} options are not known here"
     lines = sentences if len(sentences) > 1 else ()
     if any(arguments is None for _, arguments in answers.values()):
-        return Advice(head, (help_hint(read),), lines)
+        return Advice(head, (_as_plan(read) or help_hint(read),), lines)
     tokens: list[str] = []
     for word in read.words:
         tokens += word.tokens if word not in answers else answers[word][1] or []
@@ -205,6 +205,15 @@ def _of_others(word: Word, read: Reading) -> tuple[str, list[str] | None] | None
         return f"`plan` writes nothing and has no `{word.name}`", []
     named = choice([f"`{verb}`" for verb in verbs])
     return f"`{word.name}` is an option of {named}, not of `{read.verb}`", None
+
+
+def _as_plan(read: Reading) -> str:
+    """Return a merge as a plan, without its output, where all of its options are those of a plan; otherwise empty."""
+    words = [word for word in read.words if word.name not in {"--out", "-o"}]
+    names = {name for row in options_of("plan") for name in (_flag(row.name, row.flag), row.short)}
+    if read.verb != "merge" or not {plain(word.name) for word in words if word.name} <= names:
+        return ""
+    return command_line("plan", [text for word in words for text in word.tokens])
 
 
 def _near(word: Word, read: Reading) -> tuple[str, list[str] | None] | None:

@@ -73,7 +73,12 @@ def _about_options(
     """Return what to say about the options of a command."""
     from lora_merge.cli.advice import Advice, about_missing, about_unknown_options, help_hint, reading_of
     from lora_merge.cli.bare_paths import about_bare_paths
-    from lora_merge.cli.wrong_values import about_missing_argument, about_missing_value, about_wrong_value
+    from lora_merge.cli.wrong_values import (
+        about_missing_argument,
+        about_missing_value,
+        about_wrong_path,
+        about_wrong_value,
+    )
 
     read = reading_of(command, arguments)
     found: Advice | None = None
@@ -91,6 +96,8 @@ def _about_options(
             found = about_missing(param.name or "", "", read)
         case click.MissingParameter():
             found = about_missing_argument(error, read)
+        case click.BadParameter(param=click.Parameter(type=click.Path())):
+            found = about_wrong_path(error)
         case click.BadParameter():
             found = about_wrong_value(error, read)
         case click.BadOptionUsage():

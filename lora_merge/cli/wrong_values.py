@@ -66,6 +66,12 @@ def about_wrong_value(error: click.BadParameter, read: Reading) -> Advice | None
     return None
 
 
+def about_wrong_path(error: click.BadParameter) -> Advice:
+    """Return the answer to a file that does not exist, or is not a file."""
+    name = f"{error.param.opts[0]}: " if isinstance(error.param, click.Option) else ""
+    return Advice(f"{name}{uncapitalised(error.message.rstrip('.'))}", ("check the path",))
+
+
 def about_missing_argument(error: click.MissingParameter, read: Reading) -> Advice:
     """Return the answer to a command without its argument: the command with an example."""
     row = _row(read, error.param)

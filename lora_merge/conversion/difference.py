@@ -171,7 +171,8 @@ def extracted(
         found.issues += _left_out(rest, pairing)
     if not found.modules:
         sentence = "no module that LoRA can change differs from the base"
-        found.issues.append(error("empty", pairing.tuned.root, sentence))
+        hint = "check --base and --tuned: their weights are equal, or LoRA cannot express what differs"
+        found.issues.append(error("empty", pairing.tuned.root, sentence, hint))
     return found
 
 

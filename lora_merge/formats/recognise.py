@@ -258,7 +258,7 @@ def _whole_model(names: Collection[str]) -> Fault | None:
         return None
     return Fault(
         f"is a whole model, not an adapter (it has {_MODEL_CONFIG} and {weights})",
-        "pass it as --base; --adapter needs a folder with adapter_config.json",
+        "pass it as --base; an adapter is a folder with adapter_config.json",
     )
 
 

@@ -12,7 +12,7 @@ from lora_merge.planning.draft import join, touches_embeddings
 from lora_merge.planning.joined import Joined
 from lora_merge.planning.placing import decoded_dtype_patch, dtype_patch, main_dtype, place_all, slots_of
 from lora_merge.planning.quantising import targets_of
-from lora_merge.planning.questions import combining_issues, judged, merged_before, storing_issues
+from lora_merge.planning.questions import combining_issues, given_twice, judged, merged_before, storing_issues
 from lora_merge.planning.settings import Policy, Reading
 from lora_merge.planning.steps import beyond_float32, with_survey
 from lora_merge.planning.stored_otherwise import in_mlx_layout
@@ -55,6 +55,7 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
     issues = [
         *joined.issues_of_base,
         *merged_before(joined, policy),
+        *given_twice(joined),
         *joined.issues_of_adapters,
         *judged(joined, policy),
         # A join that ended early has no changes that could be asked about.

@@ -323,7 +323,11 @@ class Fitting:
         near = self._nearest(first)
         sentence = f"the base has none of the adapter's {len(self._adapter.modules)} modules"
         if near:
-            return error("wrong-prefix", first, f"{sentence}; the base has {near}", "the prefixes differ")
+            hint = (
+                "the names begin in another way: check that --base is the model that was trained, and that "
+                "no tool has renamed the adapter's tensors"
+            )
+            return error("wrong-prefix", first, f"{sentence}; the base has {near}", hint)
         named = self._adapter.config.get("base_model_name_or_path")
         hint = f"the adapter belongs to another model{f': it names {named}' if named else ''}"
         return error("wrong-prefix", first, sentence, hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error, note, warning
@@ -34,6 +35,14 @@ def merged_before(joined: Joined, policy: Policy) -> list[Issue]:
         for use in joined.uses
         if use.adapter.digest in paths
     ]
+
+
+def given_twice(joined: Joined) -> list[Issue]:
+    """Return a note for each adapter that is among the adapters more than once: its change is added each time."""
+    roots = {use.adapter.digest: use.adapter.root for use in joined.uses}
+    counts = Counter(use.adapter.digest for use in joined.uses)
+    why = "times, and its change is added each time; leave out all but one if that is not meant"
+    return [note("given-twice", roots[key], f"is given {n} {why}") for key, n in counts.items() if n > 1]
 
 
 def judged(joined: Joined, policy: Policy) -> list[Issue]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.errors import CheckpointError, RequestError
@@ -19,6 +20,9 @@ _MAX_VALUES = 200_000
 
 _MAX_CHARACTERS = 10_000
 """Longest value. A path has at most 4096 characters."""
+
+_PUNCTUATION = re.compile(r"[^']*(?:'[^\w'\\]{1,3}'[^']*)*")
+"""A message that quotes nothing but punctuation: ``expected ',' or '}', but got ':'``."""
 
 _TOO_DEEP = f"nests tables and lists more than {MOST_LEVELS} levels deep, expected fewer levels"
 
@@ -50,9 +54,8 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         line = mark.line + 1 if mark else 0
-        # The message may quote the text at fault, which may be a token.
-        problem = str(getattr(exc, "problem", None) or exc).partition(" '")[0]
-        raise RequestError(path, line, "", f"is not valid YAML ({problem})") from None
+        hint = "check brackets, quotes and indentation there and in the line before"
+        raise RequestError(path, line, "", f"is not valid YAML ({_problem(exc)})", hint=hint) from None
     except _BY_CONSTRUCTORS:  # its text may be a token
         sentence = "is not valid YAML (a value does not fit its tag, is not a valid date, or is a number of"
         raise RequestError(path, 0, "", f"{sentence} thousands of digits)") from None
@@ -60,8 +63,15 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
         loader.dispose()
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
         held = {type(None): "nothing", list: "a list"}.get(type(values), "one value")
-        raise RequestError(path, 1, "", f"contains {held}, expected a table of keys")
+        hint = "write a key and its value in each line, such as `base: DIRECTORY`"
+        raise RequestError(path, 1, "", f"contains {held}, expected a table of keys", hint=hint)
     return values, node
+
+
+def _problem(exc: yaml.YAMLError) -> str:
+    """Return what PyYAML says, without the text at fault, which may be a token. Punctuation stays."""
+    problem = str(getattr(exc, "problem", None) or exc)
+    return problem if _PUNCTUATION.fullmatch(problem) else problem.partition(" '")[0]
 
 
 def _text(path: str) -> str:

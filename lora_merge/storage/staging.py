@@ -328,11 +328,13 @@ def _lock(path: Path, parent: int) -> int:
     Raises:
         WriteError: another run or another user holds it, or the directory cannot be made.
     """
+    why = "another program removes it"
     for _ in range(_MOST_TRIES):
         try:
             is_new = _made(path.name, parent)
             fd = dirs.open_directory(path.name, parent)
-        except FileNotFoundError:
+        except FileNotFoundError as exc:
+            why = exc.strerror or why
             continue  # removed between the two: its run is done
         except OSError as exc:
             if exc.errno in {errno.ELOOP, errno.ENOTDIR}:
@@ -351,7 +353,7 @@ def _lock(path: Path, parent: int) -> int:
         if dirs.inode_of(path.name, parent) == (status.st_dev, status.st_ino):
             return fd
         os.close(fd)  # removed between open and lock: its run is done, take a new one
-    raise WriteError(f"{path}: cannot be created", hint="choose another --out")
+    raise WriteError(f"{path}: cannot be created ({why})", hint="choose another --out")
 
 
 def _made(name: str, parent: int) -> bool:

@@ -361,6 +361,7 @@ def test_nothing_changed_is_no_adapter(base, cli, tmp_path):
 
     assert result.exit_code == exits.PLAN
     assert "no module that LoRA can change differs from the base" in result.stderr
+    assert "\nhint: check --base and --tuned" in result.stderr
 
 
 def test_how_much_to_keep_has_to_be_said(base, cli, tmp_path):

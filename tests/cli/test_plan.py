@@ -37,6 +37,15 @@ def test_a_plan_needs_no_output(cli, pico, pico_adapter):
     assert "output" not in result.stdout
 
 
+def test_an_adapter_that_is_given_twice_is_noted(cli, pico, pico_adapter):
+    base, adapter = pico(), pico_adapter(pico())
+    once = cli("plan", "--base", base, "--adapter", adapter)
+    twice = cli("plan", "--base", base, "--adapter", adapter, "--adapter", f"{adapter}:0.5", "--strict")
+    assert twice.exit_code == exits.OK
+    assert f"note: {adapter}: is given 2 times" in twice.stderr
+    assert "is given" not in once.stderr
+
+
 def test_a_plan_is_data_too(cli, pico, pico_adapter):
     base = pico()
     data = json.loads(cli("plan", "--base", base, "--adapter", pico_adapter(base), "--json").stdout)

@@ -204,6 +204,7 @@ def test_every_row_says_an_option_or_a_reason():
         ("--base B A", "--base B --adapter A -o merged"),
         ("--base B -o O ./A", "--base B -o O --adapter ./A"),
         ("--adapter A", "--adapter A -o merged"),
+        ("--adapter A -o O --explain q_proj", "plan --adapter A --explain q_proj"),
         ("--base B -o O", "--base B -o O --adapter ADAPTER"),
         ("help verify", "verify --help"),
         ("help", "--help"),

@@ -48,6 +48,20 @@ def test_the_hint_is_the_command_that_was_meant(line, meant, cli):
 
 
 @pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("batch nothere.yaml", "file 'nothere.yaml' does not exist"),
+        ("--adapter a -o o --config nothere.yaml", "--config: file 'nothere.yaml' does not exist"),
+    ],
+)
+def test_a_file_that_does_not_exist_is_named_alone(line, sentence, cli):
+    result = cli(*shlex.split(line))
+
+    assert result.exit_code == exits.USAGE
+    assert result.stderr == f"error: {sentence}\nhint: check the path\n"
+
+
+@pytest.mark.parametrize(
     "line", ["--adapter a -o o --seed x", "--adapter a -o o --combine slerp", "--adapter a -o o --device tpu"]
 )
 def test_a_value_that_is_like_no_other_is_answered_with_the_help(line, cli):

@@ -259,6 +259,8 @@ JOB = "jobs:\n- {adapter: a, out: o}\n"
         ("", 1, "", "contains nothing, expected a table of keys"),
         ("- adapter: a\n", 1, "", "contains a list, expected a table of keys"),
         ("jobs: [\n", 2, "", "is not valid YAML"),
+        ("jobs:\n- {out: a\n  x: 1}\n", 3, "", "is not valid YAML (expected ',' or '}', but got ':')"),
+        ("jobs: *secret\n", 1, "", "is not valid YAML (found undefined alias)"),
         ("jobs:\n\t- a\n", 2, "", "is not valid YAML"),
         ("defaults: {}\n", 1, "jobs", "is None"),
         ("defaults: {}\njobs:\n", 2, "jobs", "is None"),
