@@ -9,6 +9,7 @@ from lora_merge._version import __version__
 from lora_merge.formats.provenance import Provenance
 from lora_merge.formats.stored_versions import versions_of
 from lora_merge.requests.recording import record_of
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,6 +41,24 @@ def provenance_of(planned: Planned, versions: Mapping[str, str] | None = None) -
         architecture=_architecture(planned.checkpoint.config),
         versions=versions or _versions(),
     )
+
+
+def told_of(planned: Planned) -> dict[str, str]:
+    """Return what tells a merge from another one, for people: its inputs, options and versions."""
+    from importlib import metadata
+
+    request = planned.request
+    return {
+        "base": planned.base.text,
+        "adapters": listing(request.adapter),
+        **{
+            f"--{name.replace('_', '-')}": str(value)
+            for name, value in record_of(request).items()
+            if value not in (None, False)
+        },
+        "lora-merge": __version__,
+        "torch": metadata.version("torch"),
+    }
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from lora_merge.merging.by_file import file_pieces, under_way_bytes
 from lora_merge.merging.estimate import estimate
 from lora_merge.merging.headline import forewarn, merge_headline
 from lora_merge.merging.made_already import is_made_already
+from lora_merge.merging.made_from import told_of
 from lora_merge.merging.parts import Part, part_of
 from lora_merge.merging.worker import NoDeviceError, pick_device
 from lora_merge.planning import raise_errors
@@ -227,6 +228,7 @@ def _wish(request: Request, out: str, planned: Planned) -> Wish:
         planned.read_files(),
         planned.stored_files(),
         shared,
+        told_of(planned),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -49,6 +49,9 @@ class Wish:
     """How this run has a share in an output that several make: it makes some files, or completes what is made. Empty for a run that
     makes all of it.
     """
+
+    told: Mapping[str, str] = field(default_factory=dict)
+    """What the merge is, for another run that finds this one's lock: ``base``, ``adapters``, ``--dtype``, versions."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.errors import ResolveError, WriteError
 from lora_merge.storage.objects.urls import parse_store_url
+from lora_merge.storage.store_staging import beside
 from lora_merge.words import choice
 
 if TYPE_CHECKING:
@@ -68,3 +69,24 @@ def check_free(url: StoreUrl, wish: Wish, entries: Mapping[str, Entry], run: Run
         raise WriteError(
             sentence, hint="choose another --out, or delete it yourself: --overwrite does not replace it"
         )
+
+
+def locked(url: StoreUrl, run: Run, merge: str, told: Mapping[str, str]) -> WriteError:
+    """Return the error for an output that another run has begun, and has not said that it ended.
+
+    Args:
+        url: of the output.
+        run: that one.
+        merge: the fingerprint of the present merge.
+        told: the same in words.
+    """
+    if run.merge == merge:
+        sentence = f"{url}: another run of this merge has begun this output ({run.who})"
+        hint = "if no process of it runs any more, pass --resume to continue it; else wait for it"
+        return WriteError(sentence, hint=hint)
+    sentence = f"{url}: another merge has begun this output ({run.who}): {run.other_than(told)}"
+    hint = (
+        "to finish that merge, repeat its command; to drop it, wait until none of its processes runs, then delete "
+        f"{beside(url)}/ and the weight files in {url}/"
+    )
+    return WriteError(sentence, hint=hint)

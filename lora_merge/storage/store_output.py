@@ -20,7 +20,7 @@ from lora_merge.storage import dirs, store_published
 from lora_merge.storage.destination import Left
 from lora_merge.storage.folder import Folder
 from lora_merge.storage.objects import store_at
-from lora_merge.storage.store_names import check_apart, check_free, output_url
+from lora_merge.storage.store_names import check_apart, check_free, locked, output_url
 from lora_merge.storage.store_staging import Run, StoreFiles, StoreStaging
 from lora_merge.words import counted
 
@@ -167,10 +167,12 @@ class StoreDestination:
             return Left(None, {}, has_journal=False)
         if run.merge != merge:
             if not run.is_ended:
-                raise self._is_locked(run, "with other inputs, options or versions")
+                raise locked(self._url, run, merge, self._wish.told)
             return Left(None, {}, has_journal=True)
         # Parts leave the lock as it is. A run that goes on alone puts its own name into it.
-        self._run = run if self._wish.shared and not run.is_ended else Run.here(merge, run.old)
+        self._run = (
+            run if self._wish.shared and not run.is_ended else Run.here(merge, self._wish.told, run.old)
+        )
         if self._run is not run:
             self._staging.take_over(self._run)
         # The evidence first: where several write, a file may be written again meanwhile.
@@ -224,7 +226,7 @@ class StoreDestination:
         Raises:
             WriteError: another run has it, the prefix is taken, or the store refused something.
         """
-        run = Run.here(merge, self._store.entries().keys())
+        run = Run.here(merge, self._wish.told, self._store.entries().keys())
         if self._staging.lock(run):
             try:
                 # Something may have come there after the first look.
@@ -238,19 +240,12 @@ class StoreDestination:
                 if self._wish.shared and other.merge == merge:
                     self._run = other
                     return False
-                raise self._is_locked(other)
+                raise locked(self._url, other, merge, self._wish.told)
             # Whatever it left goes when this run is complete, or is written again.
             self._staging.take_over(run)
             self._staging.forget(one.file for one in self._staging.finished(merge))
         self._run = run
         return True
-
-    def _is_locked(self, run: Run, how: str = "") -> WriteError:
-        sentence = f"{self._url}: another run is writing this output{f' {how}' if how else ''} ({run.who})"
-        hint = f"if that run has ended, delete {self._staging}/; else wait for it"
-        if not how:
-            hint = f"if that run has ended, pass --resume to continue it, or delete {self._staging}/; else wait for it"
-        return WriteError(sentence, hint=hint)
 
     def note(self, records: Sequence[TensorRecord]) -> None:
         """Do nothing: the worker that made a file has put its evidence into staging (`StoreFiles.note`)."""

@@ -11,7 +11,8 @@ import contextlib
 import json
 import os
 import time
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.tensor import TensorRecord
@@ -25,7 +26,7 @@ from lora_merge.storage.replaceable import SUFFIX
 from lora_merge.words import duration_text
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from lora_merge.storage.objects.store import Entry, FileSink, Store
@@ -54,10 +55,13 @@ class Run:
     is_ended: bool = False
     """True where the run says that it has ended: it failed or was interrupted, and left what it had finished."""
 
+    told: Mapping[str, str] = field(default_factory=dict)
+    """What the merge is, in words (`Wish.told`)."""
+
     @classmethod
-    def here(cls, merge: str, old: Collection[str] = ()) -> Run:
+    def here(cls, merge: str, told: Mapping[str, str], old: Collection[str] = ()) -> Run:
         """Return the run of this process."""
-        return cls(merge, os.getpid(), os.uname().nodename, time.time(), tuple(sorted(old)))
+        return cls(merge, os.getpid(), os.uname().nodename, time.time(), tuple(sorted(old)), told=told)
 
     def text(self) -> bytes:
         """Return it as ``run.json`` has it."""
@@ -69,6 +73,7 @@ class Run:
             "time": self.time,
             "old": list(self.old),
             "ended": self.is_ended,
+            "told": dict(self.told),
         }
         return json.dumps(table).encode()
 
@@ -85,13 +90,46 @@ class Run:
                     float(table["time"]),
                     tuple(map(str, table["old"])),
                     table["ended"] is True,
+                    {str(key): str(value) for key, value in table.get("told", {}).items()},
                 )
         return None
 
     @property
     def who(self) -> str:
         """Process, host and age, in words."""
-        return f"process {self.process} on {self.host}, begun {duration_text(max(time.time() - self.time, 0))} ago"
+        gone = ", which does not run any more" if self._is_gone else ""
+        age = duration_text(max(time.time() - self.time, 0))
+        return f"process {self.process} on {self.host}{gone}, begun {age} ago"
+
+    @property
+    def _is_gone(self) -> bool:
+        """True where it was a process of this machine, and there is none of this number now."""
+        if self.host != os.uname().nodename:
+            return False
+        try:
+            os.kill(self.process, 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):
+            return False
+        return False
+
+    def other_than(self, told: Mapping[str, str]) -> str:
+        """Return how its merge differs from another one, in words.
+
+        Args:
+            told: the other merge.
+
+        Example:
+            >>> Run("", 1, "a", 0, told={"base": "x", "--dtype": "float32"}).other_than({"base": "y"})
+            'its base is x, here y; its --dtype is float32, here not given'
+        """
+        if not self.told:
+            return "it has other inputs, options or versions"
+        here = {key: told.get(key, "not given") for key in {**told, **self.told}}
+        there = {key: self.told.get(key, "not given") for key in here}
+        found = [f"its {key} is {there[key]}, here {here[key]}" for key in here if there[key] != here[key]]
+        return "; ".join(found) or "its inputs had another content"
 
 
 @dataclass(frozen=True, slots=True)

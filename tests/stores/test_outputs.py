@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
+import subprocess
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -160,13 +164,39 @@ def test_one_run_has_the_prefix_and_the_error_says_which(dense, url):
     staging.put("run.json", Run("another", 4711, "node7", 0.0).text())
     with pytest.raises(
         WriteError,
-        match=r"another run is writing this output \(process 4711 on node7, begun [\d.]+ days ago\)",
+        match=r"another merge has begun this output \(process 4711 on node7, begun [\d.]+ days ago\): it has other inputs",
     ):
         merged(dense(), url)
-    with pytest.raises(WriteError, match="with other inputs, options or versions") as caught:
+    with pytest.raises(WriteError, match="it has other inputs, options or versions") as caught:
         merged(dense(), url, resume=True)
-    assert "delete" in caught.value.hint
+    assert f"delete {beside(url)}/ and the weight files in {url}/" in caught.value.hint
     assert list(staging.entries()) == ["run.json"]
+
+
+def test_a_lock_says_how_its_merge_differs_and_whether_its_process_still_runs(dense, url, tmp_path):
+    merge = dense()
+    merged(merge, url, part="1/2")
+    other = tmp_path / "other"
+    shutil.copytree(merge.base, other)
+    for more in ({"part": "2/2"}, {}, {"resume": True}):
+        with pytest.raises(WriteError) as caught:
+            merged(merge._replace(base=other, options={"dtype": "float32"}), url, **more)
+        assert f"another merge has begun this output (process {os.getpid()} on " in str(caught.value)
+        assert f"its base is {merge.base}, here {other}; its --dtype is not given, here float32" in str(
+            caught.value
+        )
+        assert "to finish that merge, repeat its command" in caught.value.hint
+    with pytest.raises(WriteError, match="another run of this merge has begun this output") as caught:
+        merged(merge, url)
+    assert "pass --resume to continue it" in caught.value.hint
+    assert "does not run any more" not in str(caught.value)
+
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    staging = StoreStaging(url)
+    staging.take_over(replace(staging.run(), process=gone.pid))
+    with pytest.raises(WriteError, match=f"process {gone.pid} on .*, which does not run any more, begun"):
+        merged(merge, url)
 
 
 def test_a_run_that_says_that_it_ended_is_in_nobodys_way(dense, url, tmp_path):

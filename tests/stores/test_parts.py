@@ -107,7 +107,9 @@ def test_parts_of_a_directory_make_what_one_run_makes(merge, tmp_path):
 
 def test_a_part_of_another_merge_is_refused(merge, url):
     api.merge(base=str(merge.base), adapter=str(merge.adapter), out=str(url), part="1/2")
-    with pytest.raises(WriteError, match="with other inputs, options or versions"):
+    with pytest.raises(
+        WriteError, match=r"another merge has begun this output .*: its --dtype is not given, here float32"
+    ):
         api.merge(base=str(merge.base), adapter=str(merge.adapter), out=str(url), part="2/2", dtype="float32")
 
 
