@@ -157,7 +157,7 @@ def prepare(
     if not (request.out or dry_run):
         raise RequestError("", 0, "out", "is empty, expected a path (an unset shell variable?)")
     part = _part(request)
-    out, storage = _place(request)
+    out, storage = _place(request, dry_run=dry_run)
     # Before anything is fetched or read: who meant a GPU may not want to wait.
     device, *issues = _device(request, watch, dry_run=dry_run)
     with clock("plan"), translate_out_of_memory("planning"):
@@ -173,7 +173,7 @@ def prepare(
         is_made = bool(request.out) and is_made_already(planned, wish, storage)
         if (request.out or not dry_run) and not is_made:
             storage.check_replaceable(wish)
-        if not dry_run:
+        if not (dry_run or is_made or storage.takes_files):
             storage.check_writable(out)
         _check_executor(request, device)
         _check_links(request, plan, storage)
@@ -202,11 +202,12 @@ def prepare(
     )
 
 
-def _place(request: Request) -> tuple[str, Storage]:
+def _place(request: Request, *, dry_run: bool) -> tuple[str, Storage]:
     """Return the absolute path or URL of the output, and the storage that it goes to.
 
     Raises:
         ResolveError: the text cannot be a path or a URL.
+        WriteError: it is in a store that does not take the output.
     """
     storage = storage_of(request.out)
     out = storage.path(request.out)
@@ -214,21 +215,37 @@ def _place(request: Request) -> tuple[str, Storage]:
     if (request.seal or request.part) and not storage.takes_files:
         out = f"file://{out}"
         storage = storage_of(out)
+    if storage.takes_files and not dry_run:
+        _check_place(request, out, storage)
     return out, storage
 
 
-def _wish(request: Request, out: str, planned: Planned) -> Wish:
-    """Return what the run wants of the place of its output."""
+def _check_place(request: Request, out: str, storage: Storage) -> None:
+    """Check that a store takes the output, before a base or an adapter is read from another one.
+
+    Raises:
+        LoraMergeError: it does not.
+    """
+    wish = _wish(request, out)
+    # Of a complete output nothing is written, so no right is needed.
+    if wish.resume and not wish.overwrite and storage.is_complete(wish):
+        return
+    # A name that is taken is left alone. The check that knows the inputs says more about it.
+    try:
+        storage.check_replaceable(wish)
+    except WriteError:
+        return
+    storage.check_writable(out)
+
+
+def _wish(request: Request, out: str, planned: Planned | None = None) -> Wish:
+    """Return what the run wants of the place of its output; without a plan, without what only that knows."""
     shared: Literal["", "part", "seal"] = "seal" if request.seal else "part" if request.part else ""
-    return Wish(
-        out,
-        request.resume or bool(shared),
-        request.overwrite,
-        MARKS,
-        planned.read_files(),
-        planned.stored_files(),
-        shared,
-        told_of(planned),
+    wish = Wish(out, request.resume or bool(shared), request.overwrite, MARKS, (), (), shared)
+    if planned is None:
+        return wish
+    return replace(
+        wish, inputs=planned.read_files(), stored_inputs=planned.stored_files(), told=told_of(planned)
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.errors import ResolveError, WriteError
+from lora_merge.storage.objects.settings import PROBE
 from lora_merge.storage.objects.urls import parse_store_url
 from lora_merge.storage.store_staging import beside
 from lora_merge.words import choice
@@ -64,7 +65,7 @@ def check_free(url: StoreUrl, wish: Wish, entries: Mapping[str, Entry], run: Run
     if is_old and not wish.overwrite:
         raise WriteError(f"{url}: already exists", hint="choose another --out, or pass --overwrite")
     # Without a configuration, files beside staging are those of a run that has not ended well.
-    if entries and not is_old and run is None:
+    if entries.keys() - {PROBE} and not is_old and run is None:
         sentence = f"{url}: already exists and is not a model checkpoint (it has no {choice(wish.marks)})"
         raise WriteError(
             sentence, hint="choose another --out, or delete it yourself: --overwrite does not replace it"

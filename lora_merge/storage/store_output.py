@@ -20,8 +20,9 @@ from lora_merge.storage import dirs, store_published
 from lora_merge.storage.destination import Left
 from lora_merge.storage.folder import Folder
 from lora_merge.storage.objects import store_at
+from lora_merge.storage.objects.settings import PROBE
 from lora_merge.storage.store_names import check_apart, check_free, locked, output_url
-from lora_merge.storage.store_staging import Run, StoreFiles, StoreStaging
+from lora_merge.storage.store_staging import Run, StoreFiles, StoreStaging, beside
 from lora_merge.words import counted
 
 if TYPE_CHECKING:
@@ -128,7 +129,14 @@ class StoreDestination:
 
     @staticmethod
     def check_writable(out: str) -> None:
-        """Nothing: a store tells when the lock is put, which is the first thing that is written."""
+        """Check that files can be made and deleted in the output's prefix, and in staging beside it.
+
+        Raises:
+            WriteError: they cannot.
+        """
+        url = output_url(out)
+        for place in (url, beside(url)):
+            store_at(place).check_writable()
 
     @staticmethod
     def free_bytes(out: str) -> int:
@@ -297,7 +305,7 @@ class StoreDestination:
             # In the place of a disk's inode: another version has another number.
             name: (zlib.crc32(entry.version.encode()), entry.nbytes, 0, 0)
             for name, entry in self._store.entries().items()
-            if name not in old
+            if name not in old and name != PROBE
         }
 
     def commit(self) -> None:

@@ -38,6 +38,9 @@ class Faults:
     answer: tuple[int, str] | None = None
     """Status and code that every request is answered with."""
 
+    answered: tuple[str, ...] = ("GET", "HEAD", "PUT", "POST", "DELETE")
+    """Methods of the requests that are answered so."""
+
     no_checksums: bool = False
     """Requests that ask for checksums are refused, as by stores that do not know them."""
     most: int = 1 << 30
@@ -76,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.faults.requests[self.command] += 1
         self.faults.sent_bytes += len(body)
-        if self.faults.answer:
+        if self.faults.answer and self.command in self.faults.answered:
             status, code = self.faults.answer
             self._reply(status, DENIED % code.encode(), {"x-amz-bucket-region": "eu-west-1"})
         elif self.faults.no_checksums and "x-amz-checksum-algorithm" in self.headers:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
 import time
 import traceback
 from datetime import UTC, datetime, timedelta
+from urllib.parse import urlsplit
 from uuid import uuid4
 
+import obstore
 import pytest
 
+from lora_merge import api
 from lora_merge.errors import CheckpointError, LoraMergeError, WriteError
 from lora_merge.storage.objects import StoreUrl, connecting, settings, store_at
+from lora_merge.storage.objects.failures import writing
 from lora_merge.storage.objects.s3_client import is_installed
 from lora_merge.storage.reading import read_into
 from lora_merge.storage.sources import open_source
+from lora_merge.storage.store_staging import beside
 from tests.stores.conftest import BUCKET, KEY_ID, SECRET, environment_of
 from tests.stores.faulty import Faults, failing
 from tests.stores.test_buckets import MIB, break_off, pattern
@@ -145,7 +151,7 @@ def test_a_store_that_stays_busy_is_one_sentence(behind, writer, monkeypatch):
     ("answer", "says", "hint"),
     [
         ((404, "NoSuchBucket"), "there is no bucket models", "check the spelling"),
-        ((403, "AccessDenied"), "access denied (AccessDenied)", "ask for the right"),
+        ((403, "AccessDenied"), "access denied by 127.0.0.1:", "ask for s3:"),
         ((403, "InvalidAccessKeyId"), "the store does not accept the credentials (InvalidAccessKeyId)", "check AWS_ACCESS_KEY_ID"),
         ((403, "SignatureDoesNotMatch"), "the store does not accept the credentials (SignatureDoesNotMatch)", "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
         ((400, "ExpiredToken"), "the credentials have expired (ExpiredToken)", "get new credentials"),
@@ -252,3 +258,39 @@ def assert_no_secret(error: BaseException) -> None:
     for text in (shown, repr(pickle.dumps(error))):
         assert SECRET not in text
         assert "AKIATEST" not in text
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST"])  # objects of S3 are deleted by POST
+def test_an_output_that_may_not_be_written_is_refused_before_anything_is_read(
+    method, behind, writer, pico, pico_adapter
+):
+    class Deaf:
+        def phase(self, name, total_bytes):
+            pytest.fail(f"{name} began")
+
+        advance = done = phase
+
+    base = pico()
+    store = behind(Faults(answer=(403, "AccessDenied"), answered=(method,)))
+    with pytest.raises(WriteError) as error:
+        api.merge(base=str(base), adapter=str(pico_adapter(base)), out=str(store.url), observer=Deaf())
+    host = urlsplit(os.environ["AWS_ENDPOINT_URL"]).netloc
+    assert str(error.value) == f"{store.url}: access denied by {host} (AccessDenied)"
+    assert "s3:PutObject and s3:DeleteObject below this prefix" in error.value.hint
+    assert_no_secret(error.value)
+
+
+def test_an_object_that_may_not_be_deleted_is_told_by_its_code():
+    # The words of obstore for one of the objects in the answer to DeleteObjects.
+    text = "Generic S3 error: DeleteObjects request failed for key a/x: Access Denied (code: AccessDenied)"
+    with pytest.raises(WriteError, match=r"access denied .*\(AccessDenied\)"), writing("s3://models/a"):
+        raise obstore.exceptions.GenericError(text)
+
+
+def test_a_probe_that_was_left_is_in_nobodys_way_and_goes(moto, s3_url, pico, pico_adapter):
+    base = pico()
+    for place in (s3_url, beside(s3_url)):
+        store_at(place).put(settings.PROBE, b"")
+    api.merge(base=str(base), adapter=str(pico_adapter(base)), out=str(s3_url))
+    assert settings.PROBE not in store_at(s3_url).entries()
+    assert not store_at(beside(s3_url)).entries()

@@ -14,6 +14,7 @@ from lora_merge.storage.objects.connecting import bucket_of
 from lora_merge.storage.objects.failures import reading, writing
 from lora_merge.storage.objects.parts import PARTS_UNDER_WAY, PartWriter, part_bytes
 from lora_merge.storage.objects.ranged import RangedSource
+from lora_merge.storage.objects.settings import PROBE
 from lora_merge.storage.objects.store import Entry, FileSink, Receipt, version_of
 
 if TYPE_CHECKING:
@@ -157,6 +158,22 @@ class BucketStore:
             found = "nothing" if entry is None else f"{entry.nbytes} bytes"
             raise WriteError(f"{text}: the store has {found} after {nbytes} were written")
         sink.closed_as(Receipt(nbytes, entry.version))
+
+    def check_writable(self) -> None:
+        """Write an empty object, and delete it.
+
+        Raises:
+            WriteError: the store refuses one of the two.
+        """
+        import obstore
+
+        key = self._key(PROBE)
+        with writing(str(self.url)):
+            # As the lock is made. A probe of another process, or of one that was killed, says the same.
+            with contextlib.suppress(obstore.exceptions.AlreadyExistsError):
+                obstore.put(self._bucket, key, b"", mode="create", use_multipart=False)
+            with contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._bucket, key)
 
     def delete(self, names: Collection[str]) -> None:
         """Delete files; those that do not exist are ignored.

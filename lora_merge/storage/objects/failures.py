@@ -12,16 +12,20 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+from urllib.parse import urlsplit
 
 from lora_merge.errors import CheckpointError, WriteError
 from lora_merge.storage import input_files
+from lora_merge.storage.objects.settings import endpoint_of
 from lora_merge.storage.objects.store import AlreadyThereError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_CODE = re.compile(r"<Code>([A-Za-z]+)</Code>")
+    from lora_merge.storage.objects.urls import StoreScheme
+
+_CODE = re.compile(r"(?:<Code>|\(code: )([A-Za-z]+)(?:</Code>|\))")
 _STATUS = re.compile(r"status code: (\d{3})")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _RETRIES = re.compile(r"after (\d+) retries")
@@ -80,9 +84,19 @@ _ENDPOINTS = {
 _CLOUDS = tuple(_ENDPOINTS)
 _SPELLING = dict.fromkeys(_CLOUDS, "check the spelling and the endpoint; buckets are not created")
 _REGIONS = {"s3": "set AWS_REGION to the region of the bucket"}
-_RIGHTS = dict.fromkeys(_CLOUDS, "ask for the right to list, read and write below this prefix") | {
-    "file": "check the permissions of the folder"
+_RIGHTS = {
+    "s3": "ask for s3:GetObject below this prefix, and for s3:ListBucket on its bucket",
+    "gs": "ask for storage.objects.get and storage.objects.list (the role Storage Object Viewer)",
+    "az": "ask for the role Storage Blob Data Reader, or for a SAS token with the rights r and l",
+    "file": "check the permissions of the folder",
 }
+_WRITING_RIGHTS = {
+    "s3": "ask for s3:PutObject and s3:DeleteObject below this prefix; an output and OUT.lora-merge-staging/ beside it need both",
+    "gs": "ask for storage.objects.create and storage.objects.delete (the role Storage Object User), for the output and OUT.lora-merge-staging/",
+    "az": "ask for the role Storage Blob Data Contributor, or for a SAS token with the rights r, l, c, w and d",
+    "file": "check the permissions of the folder, and of the one that it is in",
+}
+_NAMES = {"s3": "Amazon S3", "gs": "Google Cloud Storage", "az": "Azure"}
 
 
 @contextlib.contextmanager
@@ -126,7 +140,7 @@ def writing(text: str) -> Iterator[None]:
     except exceptions.AlreadyExistsError:
         raise AlreadyThereError(f"{text}: already exists") from None
     except _kinds() as exc:
-        what, hint = said(exc, text)
+        what, hint = said(exc, text, is_writing=True)
         raise WriteError(f"{text}: {what}", hint=hint) from None
 
 
@@ -181,7 +195,10 @@ def _is_rejected(answer: _Answer) -> bool:
 
 
 def _is_denied(answer: _Answer) -> bool:
-    return isinstance(answer.error, PermissionError) or answer.status == "403"
+    # A request that deletes several objects is answered with 200, and the code of each.
+    return (
+        isinstance(answer.error, PermissionError) or answer.status == "403" or answer.code == "AccessDenied"
+    )
 
 
 _CASES: tuple[tuple[Callable[[_Answer], bool], str, Mapping[str, str]], ...] = (
@@ -195,14 +212,20 @@ _CASES: tuple[tuple[Callable[[_Answer], bool], str, Mapping[str, str]], ...] = (
     (lambda answer: answer.code in _EXPIRED, "the credentials have expired ({answer})", _RENEWED),
     (_is_rejected, "the store does not accept the credentials ({answer})", _KEYS),
     (_is_redirected, "the bucket {bucket} is in another region", _REGIONS),
-    (_is_denied, "access denied ({answer})", _RIGHTS),
+    (_is_denied, "access denied{by} ({answer})", _RIGHTS),
     (lambda answer: is_unreachable(answer.message), "the store cannot be reached", _ENDPOINTS),
 )
 """The first that holds is the reason: whether it holds, the end of a sentence, and the hint of each scheme."""
 
 
-def said(exc: BaseException, text: str) -> tuple[str, str]:
-    """Return what an error of obstore or boto3 means, as the end of a sentence about a URL, and what to do about it."""
+def said(exc: BaseException, text: str, *, is_writing: bool = False) -> tuple[str, str]:
+    """Return what an error of obstore or boto3 means, as the end of a sentence about a URL, and what to do about it.
+
+    Args:
+        exc: the error.
+        text: the URL.
+        is_writing: it was to be written.
+    """
     scheme, _, rest = text.partition("://")
     message = str(exc)
     code = code_of(exc)
@@ -210,8 +233,18 @@ def said(exc: BaseException, text: str) -> tuple[str, str]:
     for holds, what, hints in _CASES:
         if holds(answer):
             told = code or answer.status or type(exc).__name__
-            return what.format(bucket=rest.partition("/")[0], answer=told), hints.get(scheme, "")
+            rights = _WRITING_RIGHTS if is_writing and hints is _RIGHTS else hints
+            words = what.format(bucket=rest.partition("/")[0], answer=told, by=_by(scheme))
+            return words, rights.get(scheme, "")
     return _other(answer)
+
+
+def _by(scheme: str) -> str:
+    """Return which store answered: the host of the endpoint that the environment names, else the cloud."""
+    # Behind an @: user and password may come before it.
+    host = urlsplit(endpoint_of(cast("StoreScheme", scheme))).netloc.rpartition("@")[2]
+    name = host or _NAMES.get(scheme, "")
+    return f" by {name}" if name else ""
 
 
 def is_unreachable(message: str) -> bool:
@@ -232,7 +265,7 @@ def _other(answer: _Answer) -> tuple[str, str]:
         after = f", after {tries} retries" if tries else ""
         return f"the store answered {answer.code or answer.status}{after}", "try again later"
     if number := next(iter(_OS_ERROR.findall(answer.message)), ""):
-        return f"failed ({os.strerror(int(number))})", ""
+        return f"failed ({os.strerror(int(number))})", "check the path and its permissions"
     # Queries of URLs may be signatures.
     first = re.sub(r"\?\S*", "", answer.message.partition("\n")[0])[:160]
     return f"failed ({first})", "run again"

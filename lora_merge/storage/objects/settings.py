@@ -19,7 +19,7 @@ FIRST_TRIES, FIRST_SECONDS = 4, 10
 take minutes to be named, whether it refuses connections or accepts them and never answers."""
 
 PROBE = ".lora-merge-probe"
-"""The name of an object that is asked for, or begun, to see how a store answers. None has it, and it is never written."""
+"""The name of an object that is asked for, begun, or made empty and deleted at once, to see how a store answers."""
 
 _STARTS = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 

@@ -164,6 +164,13 @@ class Store(Protocol):
             WriteError: it cannot be written.
         """
 
+    def check_writable(self) -> None:
+        """Check that files can be made and deleted here, by doing it.
+
+        Raises:
+            WriteError: they cannot.
+        """
+
     def delete(self, names: Collection[str]) -> None:
         """Delete files; those that do not exist are ignored.
 
