@@ -155,6 +155,7 @@ class Lines:
         *outer, height, width = stored.weight.shape
         count = prod(outer) * height
         each = count // stored.n_rows
+        # As they are, since a range of rows is read in one go.
         if each == 1:
             return cls(stored.rows, height, width, prod(outer))
         return cls([row * each + n for row in stored.rows for n in range(each)], height, width, prod(outer))
