@@ -34,6 +34,7 @@ class Flushing:
         return self
 
     def __exit__(self, *error: object) -> None:
+        # In this order: the thread looks at the first as soon as the second is set.
         self._over.set()
         self._complete.set()
 

@@ -110,6 +110,7 @@ def open_source(text: str | Path) -> Iterator[Source]:
         ChangedError: the run has read another file of this name (`input_files.watching`).
     """
     kept = _KEPT.get()
+    # A file of this machine is opened again: that takes no request.
     if kept is not None and not is_local(str(text)):
         yield kept.source(str(text))
         return

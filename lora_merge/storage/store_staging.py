@@ -281,6 +281,7 @@ class StoreStaging:
         """
         entries = self._store.entries()
         names = sorted(name for name in entries if name.startswith(FILES) and name.endswith(".json"))
+        # All at once: each answer takes as long as the way to the store and back.
         found = zip(names, of_each(self._store.get, names), strict=True)
         read = [_finished(name, content, merge) for name, content in found]
         return [one for one in read if one is not None]

@@ -100,6 +100,7 @@ def _errors(source: Source) -> Iterator[None]:
     except Exception as exc:  # noqa: BLE001 - they have no common root
         status = getattr(getattr(exc, "response", None), "status_code", 0)
         sentence, hint = f"the download from ModelScope failed ({type(exc).__name__})", "run again"
+        # With ``local_files_only`` the package raises a plain ValueError.
         if is_named(exc, "CacheNotFound") or isinstance(exc, ValueError):
             sentence, hint = (
                 "not found in ModelScope's local cache, and offline mode is on",

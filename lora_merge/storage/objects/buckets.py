@@ -153,6 +153,7 @@ class BucketStore:
             sink.finish()
         with writing(text):
             upload.close()
+        # The writer tells no version, so the store is asked for it.
         entry = self.entry(name)
         if entry is None or entry.nbytes != nbytes:
             found = "nothing" if entry is None else f"{entry.nbytes} bytes"
@@ -184,6 +185,7 @@ class BucketStore:
         import obstore
 
         for name in names:
+            # Only some stores say that an object was not there.
             with writing(self.url.child(name)), contextlib.suppress(FileNotFoundError):
                 obstore.delete(self._bucket, self._key(name))
 
