@@ -43,9 +43,8 @@ class Order:
         )
 
     def of_merge(self, piece: Piece) -> tuple[int, int]:
-        """Return a sort key: the index of the file, then the larger pieces first. A large piece begun last would keep
-        all other workers waiting for one.
-        """
+        """Return a sort key: the index of the file, then the larger pieces first."""
+        # A large piece begun last would keep all other workers waiting for one.
         return self.of_file(piece), -piece.nbytes
 
 

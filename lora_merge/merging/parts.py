@@ -72,8 +72,10 @@ def part_of(text: str, environ: Mapping[str, str] | None = None) -> Part:
     if number != "auto":
         return Part(int(number), int(of))
     if of:
+        # Kubernetes counts from 0.
         return _checked(_number(found, _KUBERNETES, "auto/N", "an indexed job of Kubernetes") + 1, int(of))
     task, first, count = (_number(found, name, "auto", "a job array of SLURM") for name in _SLURM)
+    # An array may count in steps: --array=0-28:4.
     step = int(found.get("SLURM_ARRAY_TASK_STEP", "1"))
     return _checked((task - first) // max(step, 1) + 1, count)
 

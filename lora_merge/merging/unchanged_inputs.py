@@ -171,6 +171,7 @@ def lasting(inputs: Inputs) -> list[tuple[object, ...]]:
     return sorted(
         (
             path,
+            # Inodes of what is not local change with each mount.
             file.identity.inode if file.is_local else 0,
             file.identity.size,
             file.identity.modified,

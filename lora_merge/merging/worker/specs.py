@@ -104,6 +104,7 @@ class MergeWorker:
 
     def __init__(self, spec: MergeSpec, factors: Factors) -> None:
         self._sinks, self._time = spec.sinks, Stopwatch()
+        # Any of the sinks will do: each order brings its own (`Merger.together`).
         self._merger = Merger(
             spec.sinks[0], spec.device, spec.tile_elements, self._time, factors, is_checked=spec.is_checked
         )
