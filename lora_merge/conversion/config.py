@@ -114,6 +114,7 @@ def adapter_config(
     if recipe.explicit or recipe.is_renamed or is_default:
         # A complete list replaces patterns, layers and exclusions.
         config |= dict.fromkeys(_CHOOSING)
+        # An older PEFT refuses this field even with null: it is not one of `_PLAIN`.
         del config["exclude_modules"]
         others = [one.module.path for one in made if one.module.form != "experts"]
         known = () if config.get("layer_replication") else base_modules  # that has other layers
