@@ -28,7 +28,7 @@ def merge(
     """Merge LoRA adapters into their base model.
 
     The output is a plain Hugging Face checkpoint, which any engine loads without LoRA support. The word "merge"
-    can be left out: `lora-merge --adapter …`.
+    can be left out.
 
     \b
     Examples:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error, note, warning
@@ -39,10 +38,15 @@ def merged_before(joined: Joined, policy: Policy) -> list[Issue]:
 
 def given_twice(joined: Joined) -> list[Issue]:
     """Return a note for each adapter that is among the adapters more than once: its change is added each time."""
-    roots = {use.adapter.digest: use.adapter.root for use in joined.uses}
-    counts = Counter(use.adapter.digest for use in joined.uses)
+    roots: dict[str, list[str]] = {}
+    for use in joined.uses:
+        roots.setdefault(use.adapter.digest, []).append(use.adapter.root)
     why = "times, and its change is added each time; leave out all but one if that is not meant"
-    return [note("given-twice", roots[key], f"is given {n} {why}") for key, n in counts.items() if n > 1]
+    return [
+        note("given-twice", " = ".join(dict.fromkeys(found)), f"is given {len(found)} {why}")
+        for found in roots.values()
+        if len(found) > 1
+    ]
 
 
 def judged(joined: Joined, policy: Policy) -> list[Issue]:

@@ -124,8 +124,8 @@ class Request:
     reflink if the filesystem supports it, else copy."""
 
     verify: VerifyLevel = "sample"
-    """How much to verify before publishing. sample: three rows of each merged tensor. full: everything.
-    Default: sample."""
+    """How much to verify before publishing. sample: part of every merged row, and some rows completely. full:
+    everything. Default: sample."""
 
     overwrite: bool = False
     """Replace an existing output. The old one is removed when the new one is complete; in a store, it cannot

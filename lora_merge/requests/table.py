@@ -591,7 +591,7 @@ _WRITING: tuple[Option, ...] = (
         "verify",
         ("merge",),
         kinds.VERIFY,
-        "How much to verify before publishing. sample: three rows of each merged tensor. full: everything.",
+        "How much to verify before publishing. sample: part of every merged row, and some rows completely. full: everything.",
         "default: sample",
         default="sample",
     ),

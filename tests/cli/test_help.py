@@ -143,6 +143,8 @@ def test_no_line_of_help_breaks_a_word(name, command, columns, cli, monkeypatch)
     text = page(columns)
 
     assert text.split() == wide.split()
+    # A command in backticks stays on one line.
+    assert not re.findall(r"`[^`\n]*\n[^`]*`", text) or columns < 80
     for line in text.splitlines():
         # Only what cannot be broken at all may stick out: an example, a list of values.
         assert len(line) <= columns or columns < 80 or len(line.split()) == 1, line
