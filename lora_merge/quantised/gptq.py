@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRef
     from lora_merge.core.weight import Weight
     from lora_merge.quantised.method import Found, Surroundings
+    from lora_merge.quantised.tables import Table
 
 _CODES = ".qweight"
 _ORPHANS = re.compile(r"\.(qzeros|scales|g_idx)$")
@@ -63,8 +64,9 @@ class Gptq:
             left_dense += [module for module in modules if module.rpartition(".")[2] == "lm_head"]
         dense = [entry.removeprefix("-:") for entry in _rules(table.values) if entry.startswith("-:")]
         found = draft.done(_Dynamic(dense, left_dense, around), _ORPHANS, "qweight")
-        notes = _ones(found.weights.values(), around) if version == 1 else None
-        return found if notes is None else replace(found, issues=(*found.issues, notes))
+        weights = found.weights.values()
+        asked = [_ones(weights, around) if version == 1 else None, _other_version(weights, table, around)]
+        return replace(found, issues=(*found.issues, *filter(None, asked)))
 
 
 class _Dynamic(Exceptions):
@@ -142,6 +144,29 @@ def _add(draft: Draft, module: str, scheme: _Scheme, version: int, around: Surro
         Wanted("g_idx", f"{module}.g_idx", ("I32",), ((n_in,),)),
     ]
     add_indexed(draft, f"{module}.weight", (n_out, n_in), how, wanted, groups, around)
+
+
+def _other_version(weights: Iterable[Weight], table: Table, around: Surroundings) -> Issue | None:
+    """Return an error where the first weight of a symmetric model has the zeros of the other layout: all its values would be
+    decoded one step off.
+    """
+    first = next(iter(weights), None)
+    if first is None or table.values.get("sym") is not True or _rules(table.values):
+        return None
+    settings, ref = dict(first.storage.settings), first.parts["zero"]
+    bits, version, zeros = int(settings["bits"]), int(settings["version"]), around.read(ref)
+    own, other = (2 ** (bits - 1) - (2 - one) for one in (version, 3 - version))
+    ones = _ONES[bits] * (len(zeros) // len(_ONES[bits]) + 1)
+    field = int.from_bytes(ones[: len(zeros)], "little")
+    if int.from_bytes(zeros, "little") != field * other:
+        return None
+    layouts = "gptq", "gptq_v2"
+    sentence = (
+        f"stores {other} as every zero point, as {layouts[2 - version]} does, but the layout is "
+        f"{layouts[version - 1]} by {table.place}, which stores {own} for a symmetric model"
+    )
+    hint = f"set checkpoint_format to {layouts[2 - version]}, or download the checkpoint again"
+    return error(CODE, ref.name, sentence, hint)
 
 
 def _ones(weights: Iterable[Weight], around: Surroundings) -> Issue | None:
