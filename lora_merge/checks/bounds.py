@@ -89,6 +89,16 @@ def nearest_values(op: Merge, stored: Levels, exact: torch.Tensor) -> torch.Tens
     return torch.where(scale == 0, stored.values, (levels - zero) * scale + bias)
 
 
+def gaps_at(op: Merge, stored: Levels, exact: torch.Tensor) -> torch.Tensor:
+    """Return the gap between the two numbers beside each value; infinite beyond the last, and where the scale is zero."""
+    if stored.table is None:
+        return step(exact, op.target.dtype)
+    _, scale, zero, bias = stored.parts
+    numbers, table = (exact - bias) / scale + zero, stored.table
+    is_beyond = ~((numbers >= table[0]) & (numbers <= table[-1]))
+    return (_step(table, numbers) * scale.abs()).masked_fill(is_beyond, float("inf"))
+
+
 def _dense_limits(
     op: Merge, exact: torch.Tensor, off: torch.Tensor, is_moved: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -59,6 +59,12 @@ class _Sums:
 
     error: float = 0.0
     nearest: float = 0.0
+    within: float = 0.0
+    """``nearest``, of the values alone that have numbers on both sides: others cannot become larger."""
+
+    steps: float = 0.0
+    """What one value's step changes of the effect. Where all of the effect is less, no choice of numbers keeps it."""
+
     effect: float = 0.0
     error_off: float = 0.0
     effect_off: float = 0.0
@@ -79,6 +85,9 @@ class Rows:
     nearest: torch.Tensor
     """What would be stored if each value became the nearest number."""
 
+    gaps: torch.Tensor
+    """Between the two numbers beside each wanted value; infinite beyond the last of a grid."""
+
     before: torch.Tensor
     """The base's."""
 
@@ -91,6 +100,8 @@ class _Seen:
 
     error: torch.Tensor
     nearest: torch.Tensor
+    within: torch.Tensor
+    gaps: torch.Tensor
     effect: torch.Tensor
     off: torch.Tensor
     size: torch.Tensor
@@ -99,6 +110,8 @@ class _Seen:
     def add(self, other: _Seen) -> None:
         self.error += other.error
         self.nearest += other.nearest
+        self.within += other.within
+        self.gaps += other.gaps
         self.effect += other.effect
         self.off += other.off
         self.size += other.size
@@ -191,12 +204,15 @@ class Effect:
             return found.T if self._spans is not None and self._spans.along else found
 
         wanted, off, stored, before = map(cut, (*rows.wanted, rows.stored, rows.before))
-        error, change = stored - wanted, wanted - before
+        error, change, gaps = stored - wanted, wanted - before, cut(rows.gaps)
+        nearest, is_beyond = cut(rows.nearest) - wanted, gaps.isinf()
         # A plain number is a float32 already, and its error is exact.
         numbers = 0.0 if self._op.target.is_dense else _NUMBERS * _FLOAT32 * (wanted.abs() + stored.abs())
         return _Seen(
             error @ basis.T,
-            (cut(rows.nearest) - wanted) @ basis.T,
+            nearest @ basis.T,
+            nearest.masked_fill(is_beyond, 0) @ basis.T,
+            gaps.masked_fill(is_beyond, 0).square().sum(1),
             change @ basis.T,
             (off + numbers).square().sum(1),
             error.square().sum(1),
@@ -211,6 +227,9 @@ class Effect:
         share = _SUMS * _FLOAT32 * sqrt(n * rank) + basis.off
         sums.error += float(seen.error.square().sum())
         sums.nearest += float(seen.nearest.square().sum())
+        sums.within += float(seen.within.square().sum())
+        # A step of the usual gap, seen by rank of n directions, against the usual effect on one input.
+        sums.steps += float(seen.gaps.sum()) * (rank / (2 * n)) ** 2
         sums.effect += float(seen.effect.square().sum())
         sums.error_off += float((seen.off.sqrt() + share * seen.size.sqrt()).square().sum())
         sums.effect_off += float((seen.off.sqrt() + share * seen.change.sqrt()).square().sum())
@@ -258,6 +277,8 @@ class _Norms:
 
     error: float
     nearest: float
+    within: float
+    steps: float
     effect: float
     error_off: float
     effect_off: float
@@ -268,7 +289,13 @@ class _Norms:
         # |√(E² + δ) - E| is at most √δ, and at most δ / E.
         root = min(sqrt(sums.square_off), sums.square_off / effect if effect else sums.square_off)
         return cls(
-            sqrt(sums.error), sqrt(sums.nearest), effect, sqrt(sums.error_off), sqrt(sums.effect_off) + root
+            sqrt(sums.error),
+            sqrt(sums.nearest),
+            sqrt(sums.within),
+            sqrt(sums.steps),
+            effect,
+            sqrt(sums.error_off),
+            sqrt(sums.effect_off) + root,
         )
 
     @property
@@ -277,8 +304,10 @@ class _Norms:
         return f"{self.error / self.effect:.0%}" if self.effect else "all"
 
     def is_lost(self) -> bool:
-        """Return True where the stored numbers lose as much of the effect as the nearest would, and that is much."""
-        is_much = self.nearest > max(_LOST * self.effect, 4 * self.error_off)
+        """Return True where the stored numbers lose as much of the effect as the nearest would, that is much, and others would
+        keep more: the effect is not below the steps of the grid, and not beyond its last numbers.
+        """
+        is_much = self.within > max(_LOST * self.effect, 4 * self.error_off, self.steps)
         return is_much and self.error + self.error_off >= self.nearest
 
     def against(self, record: Survival, sums: _Sums, n_rows: int, *, is_whole: bool) -> str:

@@ -11,7 +11,7 @@ from math import isfinite
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from lora_merge.checks.bounds import is_explained, nearest_values
+from lora_merge.checks.bounds import gaps_at, is_explained, nearest_values
 from lora_merge.checks.choosing import chosen_rows, has_formula
 from lora_merge.checks.decoding import DECODERS
 from lora_merge.checks.effect import Effect, Rows
@@ -132,7 +132,8 @@ class _Compared:
             wanted = candidates[0]
             is_nearest = op.rounding is None
             nearest = stored.values if is_nearest else nearest_values(op, stored, wanted[0])
-            effect.add(Rows(rows, stored.values, nearest, site.base(rows), wanted))
+            gaps = gaps_at(op, stored, wanted[0])
+            effect.add(Rows(rows, stored.values, nearest, gaps, site.base(rows), wanted))
         return None
 
 

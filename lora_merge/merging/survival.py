@@ -104,9 +104,15 @@ def _of_grids(survival: Mapping[str, Survival], ops: Mapping[str, Merge]) -> tup
     # Less would be printed as 0.0 %.
     if saturated >= 5e-4:
         words += f"; up to {saturated:.1%} of the values of a tensor are outside its grid"
-    if kept >= KEPT_SHARE and (off is None or off <= LEAST_SHARE):
-        return (note("rounding", "", words),)
     name, worst = min(survival.items(), key=lambda item: item[1].kept)
+    if kept >= KEPT_SHARE and (off is None or off <= LEAST_SHARE):
+        lost = sum(one.kept < LEAST_SHARE for one in survival.values())
+        if lost:
+            words += (
+                f"; {lost} of {counted(len(survival), 'tensor')} whose change is small {'keeps' if lost == 1 else 'keep'} "
+                f"less than half of it, this one {max(worst.kept, 0.0):.0%}"
+            )
+        return (note("rounding", name if lost else "", words),)
     if kept < KEPT_SHARE:
         words += f"; this tensor keeps the least, {max(worst.kept, 0.0):.0%}"
     return (warning("delta-drowns", name, words, _cure(ops[name])),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -177,6 +178,30 @@ def test_nearest_numbers_that_pass_for_the_adapters_are_found(name, adapters, tm
     # Whether what is recorded is honest or not.
     assert errors(replace(wanted, root=made.root, records=made.records)) == {"effect-lost"}
     assert errors(replace(wanted, root=made.root)) == {"effect-lost"}
+
+
+@pytest.mark.parametrize("share", [1e-4, 1e4])
+@pytest.mark.parametrize("name", ["ct-int4", "bnb-nf4", "mlx-4bit", "gptq-4bit-act-order"])
+def test_a_change_that_no_code_can_keep_is_no_fault(name, share, tmp_path):
+    base = FIXTURES / name
+    adapter = adapter_for(base, tmp_path / "adapter", share=share)
+    evidence = evidence_of(base, adapter, tmp_path / "out", out_storage="base")
+    assert errors(evidence) == errors(replace(evidence, level="sample")) == set()
+
+
+def test_one_small_change_among_others_is_told(adapters, cli, tmp_path):
+    base, adapter = FIXTURES / "ct-int4", tmp_path / "adapter"
+    shutil.copytree(adapters(base), adapter)
+    changed = "base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight"
+    edit_tensors(
+        adapter / "adapter_model.safetensors",
+        lambda tensors: tensors.update({changed: tensors[changed] * 1e-3}),
+    )
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--out-storage", "base")
+    assert result.exit_code == exits.OK, result.stderr
+    said = " ".join(result.stderr.split())
+    assert "k_proj.weight_packed: rounding for the adapter" in said
+    assert "1 of 7 tensors whose change is small keeps less than half of it, this one 0%" in said
 
 
 @pytest.mark.parametrize(
