@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import nan
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_merge.codecs import fresh_fp4
@@ -137,7 +138,9 @@ def _scale(parts: Mapping[str, torch.Tensor], of: _Settings) -> torch.Tensor:
     """Return the scales with that of the whole tensor applied, float32 ``[lines, groups]``."""
     scale = as_floats(parts[_SCALE], of.scale)
     if of.of_tensor == "divide":
-        scale.div_(parts[_GLOBAL])
+        shared = parts[_GLOBAL]
+        # Values divided by infinity would be zeros, which nothing notices.
+        scale.div_(shared.masked_fill(shared.isinf(), nan))
     elif of.of_tensor == "multiply":
         scale.mul_(parts[_GLOBAL])
     return scale

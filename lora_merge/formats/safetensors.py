@@ -181,16 +181,21 @@ def tensor_digest(ref: TensorRef) -> str:
     return digest_text(digest)
 
 
-def is_finite(ref: TensorRef) -> bool:
+def is_finite(ref: TensorRef, numbers: str = "") -> bool:
     """Return True when no value of a floating-point tensor is NaN or infinite.
+
+    Args:
+        ref: the tensor.
+        numbers: what its bytes are, where its dtype does not say it.
 
     Raises:
         CheckpointError: the file ends too soon.
     """
     import torch
 
-    dtype = getattr(torch, TORCH_NAMES[ref.dtype])
-    return all(bool(torch.frombuffer(block, dtype=dtype).isfinite().all()) for block in blocks(ref))
+    dtype = getattr(torch, STORED_TYPES[numbers or ref.dtype])
+    # torch has no `isfinite` of one byte.
+    return all(bool(torch.frombuffer(block, dtype=dtype).float().isfinite().all()) for block in blocks(ref))
 
 
 def is_zero(ref: TensorRef) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from lora_merge.checks.evidence import HERE, Elsewhere
+from lora_merge.checks.evidence import HERE, Elsewhere, Evidence
+from lora_merge.checks.finite import finite
 from lora_merge.checks.verdict import verify as check_output
 from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note
-from lora_merge.errors import VerifyError, WriteError
+from lora_merge.errors import PlanError, VerifyError, WriteError
 from lora_merge.formats.weight_files import place_of
+from lora_merge.merging.base_values import check_base
 from lora_merge.merging.by_file import file_pieces
 from lora_merge.merging.effect import check_effect
 from lora_merge.merging.filling import Unfinished
@@ -282,7 +284,7 @@ class Staged:
         Raises:
             ChangedError: an input has changed.
             VerifyError: the verification failed.
-            PlanError: there are warnings, and --strict makes them errors.
+            PlanError: the base has NaN, the output has lost the change, or there are warnings and --strict makes them errors.
             WriteError: the disk refused something.
         """
         request = self.prepared.request
@@ -297,7 +299,9 @@ class Staged:
             check_copied(self.inputs, self.plan, self.place.root)
             used = used_by(self.plan.steps, self._records)
             check(self.inputs, used, all_bytes=request.verify == "full")
+            check_base(self._records, self.plan)
         if request.verify == "none":
+            self._check_finite()
             self._flush(watch)
         else:
             self._verify(request.verify, sealed, used, watch)
@@ -312,6 +316,15 @@ class Staged:
         with self.clock("publish"):
             watch.phase("publishing", 0)
             self.place.commit()
+
+    def _check_finite(self) -> None:
+        """Check what the merge knows of its values by itself, where nothing is verified.
+
+        Raises:
+            PlanError: some are NaN or infinite.
+        """
+        if issues := list(finite(Evidence(self.plan, self.place.root, tuple(self._records), "sample"))):
+            raise PlanError(issues)
 
     def _verify(
         self,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+import struct
 from typing import Any, NamedTuple
 
 import pytest
@@ -128,6 +130,15 @@ def another_state(root):
     tensors(root, change)
 
 
+def second_layout(root):
+    """The zeros of a symmetric model as version 2 stores them, one more than version 1."""
+
+    def change(found):
+        found.update({name: part + 0x11111111 for name, part in found.items() if name.endswith(".qzeros")})
+
+    tensors(root, change)
+
+
 class Case(NamedTuple):
     """A fixture that is broken, and what the error has to speak of."""
 
@@ -209,6 +220,18 @@ BROKEN = (
     Case("a weight that is stored twice", "ct-int4", a_dense_weight_beside, Q),
     Case("quantised, and excepted", "ct-int4", excepted, "ignore"),
     Case(
+        "zeros of the first layout",
+        "gptq-4bit",
+        set_to(checkpoint_format="gptq_v2", format="gptq_v2"),
+        "stores 7 as every zero point, as gptq does",
+    ),
+    Case(
+        "zeros of the second layout",
+        "gptq-4bit",
+        second_layout,
+        "stores 8 as every zero point, as gptq_v2 does",
+    ),
+    Case(
         "two methods",
         "gptq-4bit",
         lambda root: edit_json(root / "quantize_config.json", quant_method="awq"),
@@ -238,6 +261,44 @@ def refusal(cli, fixture, breaks, tmp_path, case):
 @pytest.mark.parametrize("wrong", [*REFUSED, *BROKEN], ids=lambda wrong: wrong.name)
 def test_a_base_that_is_not_understood_is_refused(wrong, cli, tmp_path, case):
     assert wrong.says in refusal(cli, wrong.fixture, wrong.breaks, tmp_path, case)
+
+
+class Odd(NamedTuple):
+    """A part of a weight, and a number in it with which nothing can be computed, as bytes."""
+
+    fixture: str
+    part: str
+    number: bytes
+
+
+NAN, INFINITY, ZERO = (struct.pack("<f", number) for number in (math.nan, math.inf, 0.0))
+ODD = (
+    Odd("fp8-block", "weight_scale_inv", NAN),
+    Odd("fp8-block", "weight", b"\x7f"),
+    Odd("bnb-nf4", "weight.absmax", INFINITY),
+    Odd("ct-mxfp4", "weight_scale", b"\xff"),
+    Odd("mlx-nvfp4", "scales", b"\x7f"),
+    # To divide by infinity makes zeros.
+    Odd("ct-nvfp4", "weight_global_scale", INFINITY),
+    Odd("ct-nvfp4", "weight_global_scale", ZERO),
+)
+
+
+@pytest.mark.parametrize("options", [(), ("--no-verify", "--allow-loss")], ids=["", "not verified"])
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: f"{odd.fixture} {odd.part} {odd.number.hex()}")
+def test_a_number_that_cannot_be_computed_with_is_named(odd, options, cli, tmp_path, case):
+    def put(part):
+        part = part.clone()
+        content = part.view(-1).view(torch.uint8)
+        content[: len(odd.number)] = torch.tensor(list(odd.number), dtype=torch.uint8)
+        return part
+
+    def run(*arguments):
+        return cli(*arguments, *options)
+
+    said = refusal(run, odd.fixture, replaced(odd.part, put), tmp_path, case)
+    assert f"error: {Q}.{odd.part}: " in said
+    assert "in the base, expected" in said
 
 
 @pytest.mark.parametrize("storage", ["dense", "mixed"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from math import nan
 from typing import TYPE_CHECKING
 
 from lora_merge.checks.decoding.decoder import Levels, Lines, StoredRows, setting, text
@@ -25,7 +26,9 @@ def fp4(stored: StoredRows) -> Levels:
     scale = stored.part("scale", lines.numbers, lines.count).floats(_DTYPES[text(stored, "scale")])
     how = text(stored, "global")
     if how != "none":
+        # Divided by infinity, every value would be zero.
         shared = stored.whole("global")
+        shared = shared.masked_fill(shared.isinf(), nan)
         # One for the weight, or one for each matrix of a stack.
         if len(shared) > 1:
             shared = shared[torch.tensor([n // lines.height for n in lines.numbers])].view(-1, 1)
