@@ -60,10 +60,11 @@ def check_replaceable(
     except OSError as exc:  # no permission, or the name is too long
         raise write_error(out, exc) from exc
     if what:
-        raise WriteError(
-            f"{out}: already exists and is {what}",
-            hint="choose another --out, or delete it yourself: --overwrite does not replace it",
-        )
+        hint = "choose another --out, or delete it yourself: --overwrite does not replace it"
+        # Parts of an output lock it as a store's output is locked.
+        if (staging_path(out) / "run.json").is_file():
+            hint = f"it was begun with --part: finish its parts and --seal, or delete it and {staging_path(out)} yourself"
+        raise WriteError(f"{out}: already exists and is {what}", hint=hint)
     if not overwrite:
         raise WriteError(f"{out}: already exists", hint="choose another --out, or pass --overwrite")
 

@@ -83,11 +83,14 @@ def locked(url: StoreUrl, run: Run, merge: str, told: Mapping[str, str]) -> Writ
     """
     if run.merge == merge:
         sentence = f"{url}: another run of this merge has begun this output ({run.who})"
-        hint = "if no process of it runs any more, pass --resume to continue it; else wait for it"
+        hint = "pass --resume to continue it"
+        if not run.is_gone:
+            hint = f"if no process of it runs any more, {hint}; else wait for it"
         return WriteError(sentence, hint=hint)
     sentence = f"{url}: another merge has begun this output ({run.who}): {run.other_than(told)}"
     hint = (
-        "to finish that merge, repeat its command; to drop it, wait until none of its processes runs, then delete "
+        "to finish that merge, repeat its command, with --resume where it had no --part; to drop it, wait until none of "
+        "its processes runs, then delete "
         f"{beside(url)}/ and the weight files in {url}/"
     )
     return WriteError(sentence, hint=hint)

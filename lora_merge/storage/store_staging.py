@@ -97,12 +97,12 @@ class Run:
     @property
     def who(self) -> str:
         """Process, host and age, in words."""
-        gone = ", which does not run any more" if self._is_gone else ""
+        gone = ", which does not run any more" if self.is_gone else ""
         age = duration_text(max(time.time() - self.time, 0))
         return f"process {self.process} on {self.host}{gone}, begun {age} ago"
 
     @property
-    def _is_gone(self) -> bool:
+    def is_gone(self) -> bool:
         """True where it was a process of this machine, and there is none of this number now."""
         if self.host != os.uname().nodename:
             return False

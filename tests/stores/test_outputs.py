@@ -195,8 +195,11 @@ def test_a_lock_says_how_its_merge_differs_and_whether_its_process_still_runs(de
     gone.wait()
     staging = StoreStaging(url)
     staging.take_over(replace(staging.run(), process=gone.pid))
-    with pytest.raises(WriteError, match=f"process {gone.pid} on .*, which does not run any more, begun"):
+    with pytest.raises(
+        WriteError, match=f"process {gone.pid} on .*, which does not run any more, begun"
+    ) as caught:
         merged(merge, url)
+    assert caught.value.hint == "pass --resume to continue it"
 
 
 def test_a_run_that_says_that_it_ended_is_in_nobodys_way(dense, url, tmp_path):

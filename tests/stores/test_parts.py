@@ -87,6 +87,9 @@ def test_parts_of_a_directory_make_what_one_run_makes(merge, tmp_path):
     reports = [run(part=f"{n}/2") for n in (1, 2)]
     assert [report.part.partition(" (")[0] for report in reports] == ["part 1 of 2", "part 2 of 2"]
     assert not (out / "config.json").exists()
+    with pytest.raises(WriteError, match="is not a model checkpoint") as caught:
+        run()
+    assert "it was begun with --part: finish its parts and --seal" in caught.value.hint
     assert run(seal=True).verdict.ok
     found = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert found == on_disk(merge, tmp_path, "out")
