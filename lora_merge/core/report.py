@@ -272,7 +272,7 @@ class Proof:
 
 
 class Observer(Protocol):
-    """What watches a run: a progress bar, a log, or nothing (`Silence`)."""
+    """What watches a run: a progress bar, a log, or nothing (`Silence`). One thread at a time calls it, not always the same."""
 
     def phase(self, name: str, total_bytes: int) -> None:
         """Hear that a phase begins, with the bytes it will advance by (0: unknown)."""

@@ -16,6 +16,7 @@ from lora_merge.core.report import Observer
 from lora_merge.errors import CheckpointError
 from lora_merge.merging import filling
 from lora_merge.merging.budget import Budget
+from lora_merge.merging.file_progress import FileProgress
 from lora_merge.merging.observer import Heard
 from lora_merge.merging.staged import Staged, take_place, take_up
 from lora_merge.merging.unchanged_inputs import check_names
@@ -61,7 +62,7 @@ def write(group: Sequence[Prepared], budget: Budget, watch: Observer) -> Iterato
                 take_up(prepared, place, budget.n_workers, heard)
                 for prepared, place in zip(group, places, strict=True)
             ]
-            _Driver(outputs, budget, heard).fill(loading)
+            _Driver(outputs, budget, heard, FileProgress(heard)).fill(loading)
     except BaseException as exc:
         _abort(places, exc, heard)
         raise
@@ -95,6 +96,7 @@ class _Driver:
     outputs: Sequence[Staged]
     budget: Budget
     watch: Observer
+    progress: FileProgress
 
     def fill(self, loading: TorchLoading) -> None:
         """Carry out every step that is not done: copies while torch loads (a second or more), then merges.
@@ -148,15 +150,16 @@ class _Driver:
             # Asked for after `_reserve`: only then has the place its lock.
             place = output.place.files
             assert place is not None
-            spec = FileSpec(
-                place,
-                _files([output]),
-                device,
-                self.budget.tile_elements,
-                is_checked=is_checked,
-                copies=output.prepared.copies,
-            )
-            self._work("merging", spec, output.left_files(), device, seen)
+            with self.progress.hearing(place, output.plan.files) as told:
+                spec = FileSpec(
+                    told,
+                    _files([output]),
+                    device,
+                    self.budget.tile_elements,
+                    is_checked=is_checked,
+                    copies=output.prepared.copies,
+                )
+                self._work("merging", spec, output.left_files(), device, seen)
         output.read(seen.inputs().readings)
 
     def _reserve(self) -> None:
@@ -203,9 +206,7 @@ class _Driver:
             seen.read(place, digest)
         for number, records in filling.by_output(done.records).items():
             self.outputs[number].add(records)
-            for record in records:
-                self.watch.advance(record.nbytes)
-                self.watch.done(record.name)
+            self.progress.take(records)
         for output in self.outputs:
             output.clock.add_busy(done.busy)
 

@@ -210,6 +210,51 @@ def test_a_run_that_says_that_it_ended_is_in_nobodys_way(dense, url, tmp_path):
     assert bytes_of(store_at(url)) == on_disk(merge, tmp_path, name_of(url))
 
 
+class Listening:
+    """An observer that notes what it hears of the phase in which files are made."""
+
+    def __init__(self):
+        self.total, self.heard, self._phase = 0, [], ""
+
+    def phase(self, name, total_bytes):
+        self._phase = name
+        self.total = total_bytes if name == "merging" else self.total
+
+    def advance(self, nbytes):
+        if self._phase == "merging":
+            self.heard.append(nbytes)
+
+    def done(self, name):
+        self.heard.append(name)
+
+
+@pytest.mark.parametrize("executor", ["serial", "threads", "processes"])
+def test_progress_moves_within_a_file_and_each_byte_is_told_once(executor, dense, tmp_path):
+    watch, merge = Listening(), dense(executor=executor)
+    merged(merge, f"file://{tmp_path}/out", observer=watch, workers=2, max_shard_size="1GB")
+    first = next(n for n, one in enumerate(watch.heard) if isinstance(one, str))
+    numbers = [one for one in watch.heard if not isinstance(one, str)]
+    assert (
+        sum(numbers)
+        == watch.total
+        == sum(one.nbytes for one in api.plan(adapter=str(merge.adapter), base=str(merge.base)).steps)
+    )
+    # Processes tell at the end of a file only.
+    assert (first > 5) == (executor != "processes")
+
+
+def test_an_observer_that_fails_within_a_file_ends_the_run_as_an_interrupt(dense, tmp_path):
+    class Failing(Listening):
+        def advance(self, nbytes):
+            raise ZeroDivisionError
+
+    out = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError):
+        merged(dense(executor="threads", workers=2), f"file://{out}", observer=Failing())
+    assert not (out / "config.json").exists()
+    assert merged(dense(), f"file://{out}", resume=True).verdict.ok
+
+
 class Stopping:
     """An observer that ends the run after some tensors."""
 
