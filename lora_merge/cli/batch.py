@@ -77,6 +77,8 @@ def batch(  # noqa: PLR0913 - options of the command alone, each by its name
                 # After an interrupt too: the report says what is done and what is not.
                 done = page.show(run.report(file))
                 console.batch(done)
+                if not (keep_going or is_interrupted or quiet) and done.count("not run"):
+                    say("hint: --keep-going runs the other jobs too")
                 if log:
                     _end(log, done)
         sys.exit(_exit_code(done, log, is_interrupted=is_interrupted))

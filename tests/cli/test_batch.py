@@ -138,6 +138,7 @@ def test_of_twenty_jobs_none_is_begun_while_one_cannot_be_planned(twenty, base, 
     assert {name for name, state in states(report).items() if state == "failed"} == BROKEN
     assert {state for name, state in states(report).items() if name not in BROKEN} == {"not run"}
     assert "20 jobs: 2 failed, 18 not run" in said
+    assert said.rstrip().endswith("\nhint: --keep-going runs the other jobs too")
     assert leftovers(tmp_path) == ["batch.yaml", "runs", "sound"]
 
 
