@@ -109,8 +109,8 @@ def _unquantised(
     mates = with_mates(touched, quantised)
     is_dense = policy.out_storage == "dense" or (touched and policy.out_storage is None)
     if policy.out_storage == "base":
-        # A weight that the adapter brings whole was never on the base's grid.
-        replaced = frozenset(name for name in touched if changes[name].source is not None)
+        # What the adapter brings itself, a whole weight or trained rows, was never on the base's grid.
+        replaced = frozenset(name for name in touched if _is_replaced(changes[name]))
         decoded = with_mates(replaced, quantised)
     else:
         decoded = quantised if is_dense else mates
@@ -142,6 +142,11 @@ def _unquantised(
             dropped_files=SIDE_FILES,
         )
     return replace(storing, config_patch=_with_exceptions(base, outline, decoded)) if decoded else storing
+
+
+def _is_replaced(change: Change) -> bool:
+    """Return True where values of an adapter take the place of the base's."""
+    return change.source is not None or any(delta.facts.replaces_rows for delta in change.deltas)
 
 
 def _plain_storages(
@@ -220,7 +225,9 @@ def _said(
     elif numbers["requantised"]:
         sentence = f"{numbers['requantised']} of {weights}: re-encoded on the base's own scales"
         if decoded:
-            sentence += f"; {len(decoded)} decoded to {dtype}, because an adapter replaces them"
+            sentence += (
+                f"; {len(decoded)} decoded to {dtype}, because an adapter replaces them, or rows of them"
+            )
         sentence += f" ({base}; {mixed}; {dense})"
     elif not decoded:
         # Nothing is decoded, so that a mixed output is the base as it is.

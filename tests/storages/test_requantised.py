@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import lora_merge
 from lora_merge.core.weight import WEIGHT
@@ -210,3 +211,25 @@ def test_a_library_computes_with_our_values(name, made, loaded, tmp_path):
     expected = logits_of(model_of(decoded(out), out, tmp_path / "decoded"))
     far = float((torch.tensor(said["logits"]) - expected).abs().max() / expected.abs().max())
     assert far < 2e-2
+
+
+def test_rows_that_an_adapter_brings_are_stored_dense(tmp_path):
+    """Trained tokens of a quantised embedding may be far beyond its scales."""
+    base, adapter, out = FIXTURES / "mlx-4bit", tmp_path / "adapter", tmp_path / "out"
+    embedding, rows = "model.embed_tokens.weight", [1, 5]
+    before = decoded(base)[embedding]
+    trained_rows = torch.full((len(rows), before.shape[1]), 3.0)
+    adapter.mkdir()
+    save_file(
+        {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": trained_rows},
+        adapter / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "TRAINABLE_TOKENS", "target_modules": ["embed_tokens"], "token_indices": rows}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+    requantise(base, adapter, out, "adapter")
+
+    wanted = before.clone()
+    wanted[rows] = trained_rows
+    assert tensors_of(out)[embedding].equal(wanted.bfloat16())
+    assert json.loads((out / "config.json").read_text())["quantization"]["model.embed_tokens"] is False
