@@ -77,7 +77,7 @@ def storing_issues(joined: Joined, policy: Policy) -> list[Issue]:
                 "unused-option",
                 "out_storage",
                 sentence,
-                "leave it out; --rounding adapter is for quantised bases",
+                "leave it out",
             )
         )
     deltas = [delta for change in joined.changes.values() for delta in change.deltas]

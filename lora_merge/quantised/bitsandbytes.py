@@ -6,7 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lora_merge.core.report import error
 from lora_merge.core.tensor import MAX_DIMENSIONS, nbytes_of
@@ -124,8 +124,9 @@ def _fault(kind: str, state: Mapping[str, Any]) -> str:
         or not all(_is_size(n) for n in shape)
     ):
         return f"gives the shape {quoted(shape)}, expected a list of sizes"
-    if not _is_size(block):
-        return f"gives the blocksize {quoted(block)}, expected a number"
+    # Two codes share a byte, so an odd block would end inside one. The library takes powers of two from 32.
+    if not _is_size(block) or block % 2:
+        return f"gives the blocksize {quoted(block)}, expected an even number"
     named = state.get("quant_type")
     return f"gives the quant_type {quoted(named)}, but its name says {kind}" if named != kind else ""
 
@@ -143,7 +144,7 @@ def _nested_fault(state: Mapping[str, Any]) -> str:
     return ""
 
 
-def _is_size(value: object) -> bool:
+def _is_size(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 40
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRef
     from lora_merge.quantised.method import Surroundings
 
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 _FLOATS = ("BF16", "F32", "F16")
 
 
@@ -214,16 +216,16 @@ def _integers(module: Module) -> None:
 def _logical(module: Module, bits: int) -> tuple[int, ...]:
     """Return the shape of the values: the last word of a row may be partly used, so ``weight_shape`` is asked.
 
-    It is read once for each shape of codes and scales: a read of some bytes for each of ten thousand experts takes
-    longer than all the rest.
+    It is read once for all experts of a layer: a read of some bytes for each of ten thousand takes longer than all the
+    rest.
     """
     draft, path, codes, _, around, shapes = module
     full = (*codes.shape[:-1], codes.shape[-1] * 32 // bits)
     ref, scale = draft.tensors.get(f"{path}.weight_shape"), draft.tensors.get(f"{path}.weight_scale")
     if ref is None or ref.dtype not in ("I64", "I32") or ref.shape != (len(full),):
         return full  # `Draft.add` notes it
-    # Modules of one name whose packed shapes are equal have one logical shape.
-    key = (path.rpartition(".")[2], bits, codes.shape, scale.shape if scale is not None else None)
+    # Experts of one layer are one stack in every engine. Other modules may differ within the last word.
+    key = (_EXPERT.sub("", path), bits, codes.shape, scale.shape if scale is not None else None)
     if key not in shapes:
         shapes[key] = struct.unpack(f"<{len(full)}{'q' if ref.dtype == 'I64' else 'i'}", around.read(ref))
     return shapes[key]

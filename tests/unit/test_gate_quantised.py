@@ -24,6 +24,13 @@ def fp8_blocks(name):
     return {f"{name}.weight": ("F8_E4M3", (HIGH, WIDE)), f"{name}.weight_scale_inv": ("F32", (2, 3))}
 
 
+def modelopt_blocks(name):
+    return {
+        f"{name}.weight": ("F8_E4M3", (HIGH, WIDE)),
+        f"{name}.weight_scale": ("F32", (-(-HIGH // 128), 1, -(-WIDE // 128), 1)),
+    }
+
+
 def fp8_rows(name):
     return {f"{name}.weight": ("F8_E4M3", (HIGH, WIDE)), f"{name}.weight_scale": ("BF16", (HIGH, 1))}
 
@@ -141,6 +148,7 @@ def group(**weights):
 
 STORAGES = {
     "fp8_blocks": (fp8_blocks, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    "modelopt_blocks": (modelopt_blocks, {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}),
     "fp8_rows": (fp8_rows, group(num_bits=8, group_size=None)),
     "fp8_tensor": (fp8_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}),
     "mxfp8": (mxfp8, group(num_bits=8, group_size=32)),

@@ -21,6 +21,7 @@ from tests.quantised_headers import (
     MODULES,
     NESTED,
     PACKED,
+    STATE,
     compressed,
     of,
 )
@@ -280,6 +281,24 @@ def test_an_index_of_a_group_that_is_not_there_is_refused(key, part, values, fou
     sentence = f"has the index {found}, expected 0 to {groups - 1}{also}"
     wanted = [] if found is None else [(f"{MODULES[0]}.{part}", sentence)]
     assert [(issue.subject, issue.sentence) for issue in errors(headers)] == wanted
+
+
+def test_modules_of_one_name_may_differ_within_the_last_word_of_a_row():
+    headers = copy.deepcopy(EVERY["ct INT4"])
+    widths = dict(zip(MODULES, (381, 384), strict=True))
+    headers.contents = {
+        f"{module}.weight_shape": struct.pack("<2q", 256, width) for module, width in widths.items()
+    }
+    found = headers.found().weights
+    assert {name: found[f"{name}.weight"].shape for name in MODULES} == {
+        name: (256, width) for name, width in widths.items()
+    }
+
+
+def test_a_block_of_bitsandbytes_that_ends_inside_a_byte_is_refused():
+    headers = copy.deepcopy(EVERY["bnb NF4"])
+    headers.contents = dict.fromkeys(headers.contents, json.dumps({**STATE, "blocksize": 63}).encode())
+    assert errors(headers)[0].sentence == "gives the blocksize 63, expected an even number"
 
 
 def test_double_quantisation_without_its_offset_is_refused():

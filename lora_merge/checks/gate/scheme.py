@@ -88,7 +88,7 @@ class Scheme:
         elif key == "quant_method" and isinstance(value, str):
             self.methods.add(value.lower())
         # ModelOpt's name for FP8 in blocks, whose size it does not state.
-        elif key == "quant_algo" and value == "fp8_pb_wo":
+        elif key == "quant_algo" and isinstance(value, str) and value.lower() == "fp8_pb_wo":
             self.blocks.add((128, 128))
         elif key == "targets" and isinstance(value, list):
             self.targets.append([one for one in value if isinstance(one, str)])
