@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import config_levels
 from lora_merge.core.report import Issue, error
 from lora_merge.modeling.skeleton import CONV1D_MODEL_TYPES
 from lora_merge.planning.mlx_conventions import OTHER_NORMS_IN_MLX, OTHER_WEIGHTS_IN_MLX
-from lora_merge.quantised.tables import tables_of
+from lora_merge.quantised.mlx import is_mlx, named_by_mlx
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,12 +19,6 @@ if TYPE_CHECKING:
 _ORIGINAL = "merge into the original model: --base ORIGINAL"
 _IN_MLX = f"{_ORIGINAL}; or use mlx_lm.fuse, for mlx-lm"
 _KEPT = f"{_IN_MLX}; or pass --out-storage mixed, which keeps the layout of mlx-lm"
-
-_STACKED_IN_MLX = re.compile(r"\.switch_(?:mlp|glu)\.")
-"""Experts as mlx-lm stacks them (mlx-lm 0.32, ``SwitchGLU``); transformers has other names, or has them one by one."""
-
-_VISION_IN_MLX = re.compile(r"^(?:language_model|vision_tower|audio_tower|multi_modal_projector)\.")
-"""Beginnings of names in mlx-vlm."""
 
 
 def turned_matrices(base: Checkpoint) -> list[Issue]:
@@ -48,7 +41,7 @@ def in_mlx_layout(base: Checkpoint) -> list[Issue]:
 
     Most families have the names and values of transformers there (mlx-lm 0.32, ``sanitize`` of each model).
     """
-    if all(table.method != "mlx" for table in tables_of(base.quantisation)):
+    if not is_mlx(base.quantisation):
         return []
     families = {str(level.get("model_type")) for _, level in config_levels(base.config)}
     if found := sorted(families & OTHER_NORMS_IN_MLX):
@@ -57,21 +50,11 @@ def in_mlx_layout(base: Checkpoint) -> list[Issue]:
     if found := sorted(families & OTHER_WEIGHTS_IN_MLX.keys()):
         sentence = f"is {found[0]!r}, and mlx-lm {OTHER_WEIGHTS_IN_MLX[found[0]]} when it converts them"
         return [error("unsupported", "model_type", sentence, _KEPT)]
-    odd = next((name for name, weight in base.parameters().items() if _is_odd(name, weight, base.config)), "")
+    odd = named_by_mlx({name: weight.shape for name, weight in base.parameters().items()}, base.config)
     if not odd:
         return []
     sentence = "has a name or layout that only mlx-lm uses, so no other engine could load a dense output"
     return [error("unsupported", odd, sentence, _KEPT)]
-
-
-def _is_odd(name: str, weight: Weight, config: Mapping[str, Any]) -> bool:
-    """Return True for stacked experts, for convolutions with channels last, and for names of mlx-vlm."""
-    if _STACKED_IN_MLX.search(name):
-        return True
-    # A depthwise kernel is [out, 1, size] in transformers, and [out, size, 1] in mlx-lm.
-    if "conv" in name and len(weight.shape) >= 3 and weight.shape[-1] == 1 != weight.shape[1]:
-        return True
-    return "vision_config" in config and _VISION_IN_MLX.match(name) is not None
 
 
 def _first_quantised(weights: Mapping[str, Weight]) -> str:

@@ -9,7 +9,7 @@ from lora_merge.core.report import error
 from lora_merge.core.tensor import shape_text
 from lora_merge.quantised.draft import AGAIN, CODE, NOTHING, Draft, Wanted, codes_of, number, storage
 from lora_merge.quantised.exceptions import Exceptions
-from lora_merge.quantised.tables import settings_of, table_of
+from lora_merge.quantised.tables import settings_of, table_of, tables_of
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:
@@ -23,6 +23,32 @@ _ORPHANS = re.compile(r"\.(scales|biases)$")
 _BITS = (2, 3, 4, 5, 6, 8)
 _MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 """Mode → its bits and its group, which are fixed."""
+
+_STACKED = re.compile(r"\.switch_(?:mlp|glu)\.")
+"""Experts as mlx-lm stacks them (mlx-lm 0.32, ``SwitchGLU``); transformers has other names, or has them one by one."""
+
+_VISION = re.compile(r"^(?:language_model|vision_tower|audio_tower|multi_modal_projector)\.")
+"""Beginnings of names in mlx-vlm."""
+
+
+def is_mlx(settings: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return True where settings, as `settings_of` finds them, are of MLX."""
+    return any(table.method == "mlx" for table in tables_of(settings))
+
+
+def named_by_mlx(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str:
+    """Return the first parameter with a name or layout that only mlx-lm uses; empty if there is none."""
+    return next((name for name, shape in shapes.items() if _is_odd(name, shape, config)), "")
+
+
+def _is_odd(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
+    """Return True for stacked experts, for convolutions with channels last, and for names of mlx-vlm."""
+    if _STACKED.search(name):
+        return True
+    # A depthwise kernel is [out, 1, size] in transformers, and [out, size, 1] in mlx-lm.
+    if "conv" in name and len(shape) >= 3 and shape[-1] == 1 != shape[1]:
+        return True
+    return "vision_config" in config and _VISION.match(name) is not None
 
 
 class _Scheme(NamedTuple):

@@ -10,6 +10,8 @@ from lora_merge.core.report import error, note
 from lora_merge.formats.written_checkpoint import weight_map
 from lora_merge.modeling.conversion import Conversion
 from lora_merge.modeling.plain_config import fetched_part
+from lora_merge.quantised.mlx import is_mlx, named_by_mlx
+from lora_merge.quantised.tables import settings_of
 from lora_merge.runtime.packages import problem_of
 from lora_merge.words import listing
 
@@ -55,7 +57,14 @@ def complete(output: Output) -> Iterator[Issue]:
         sentence = f"not checked whether every parameter has a tensor: {which} is missing or cannot be read"
         yield note("not-read", CONFIG_FILE, sentence)
         return
-    shapes = {name: weight.shape for name, weight in output.weights().items()}
+    shapes, config = {name: weight.shape for name, weight in output.weights().items()}, output.config or {}
+    odd = named_by_mlx(shapes, config) if is_mlx(settings_of(config, {})) else ""
+    if odd:
+        sentence = (
+            "only mlx-lm has this name or layout; it was not checked whether every parameter has a tensor"
+        )
+        yield note("not-checked", odd, sentence)
+        return
     for parameter, why in conversion.missing(shapes).items():
         sentence = f"the model has this parameter, but {why}"
         hint = "download the base again, and merge again: engines fill a missing parameter with random numbers, without an error"
