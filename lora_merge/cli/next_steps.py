@@ -164,22 +164,23 @@ def after_merge(out: str, *, is_verified: bool) -> None:
     """Print what to do with a merged checkpoint."""
     if not is_verified:
         say_next("verify it", command("lora-merge", "verify", out))
-    if _is_private(out):
-        line = command("chmod", "-R", "a+rX", out)
-        say_next("an input is private, so only you can read the output; to open it to all", line)
+    if private := _private(out):
+        line = command("chmod", "-R", "a+rX", private)
+        say_next("only you can read the output, as an input or the umask says; to open it to all", line)
     if found := serving(out):
         say_next(*found)
 
 
-def _is_private(out: str) -> bool:
-    """Return True for a directory that its owner alone may read."""
+def _private(out: str) -> str:
+    """Return the directory of an output that its owner alone may read; empty for any other output."""
     from lora_merge.storage.objects.urls import path_here
 
     here = path_here(out)
     try:
-        return here is not None and not here.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+        is_private = here is not None and not here.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
     except OSError:
-        return False
+        return ""
+    return _model(out, "vllm")[0] if is_private else ""
 
 
 def after_conversion(report: ConvertReport, out: str, base: str, engine: str | None) -> None:

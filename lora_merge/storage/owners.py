@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import ADAPTER_CONFIG, CONFIG_FILE
 from lora_merge.errors import WriteError
+from lora_merge.storage.objects.urls import path_here
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_ALL = 0o777
 _CLASSES = ((stat.S_IRGRP, stat.S_IXGRP, stat.S_IRWXG), (stat.S_IROTH, stat.S_IXOTH, stat.S_IRWXO))
 """For the group and for everybody: the bit to read, the bit to enter, and all bits."""
 
@@ -105,7 +107,7 @@ def allowed_bits(inputs: Iterable[Path], group: int) -> int:
         inputs: directories and files that are read.
         group: id of the group that the output will have.
     """
-    allowed = 0o777
+    allowed = _ALL
     for path in inputs:
         try:
             status = _meant(path)
@@ -122,6 +124,26 @@ def allowed_bits(inputs: Iterable[Path], group: int) -> int:
             if not permitted:
                 allowed &= ~bits
     return allowed
+
+
+def close_folder(url: str, inputs: Iterable[Path]) -> None:
+    """Close a directory that a ``file://`` URL names to those who may not read the inputs; other stores have no modes.
+
+    It is made where it does not exist, and only if some input is closed: files in it get the modes of the umask.
+
+    Args:
+        url: of an output.
+        inputs: as for `allowed_bits`.
+    """
+    folder = path_here(url)
+    if folder is None:
+        return
+    with contextlib.suppress(OSError):  # no modes here; or it cannot be made, which whoever writes will say
+        known = next(path for path in (folder, *folder.parents) if path.exists())
+        allowed = allowed_bits(inputs, known.stat().st_gid if known == folder else os.getegid())
+        if allowed != _ALL:
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(stat.S_IMODE(folder.stat().st_mode) & (allowed | 0o7000))
 
 
 def _meant(path: Path) -> os.stat_result:

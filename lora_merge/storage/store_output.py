@@ -21,6 +21,7 @@ from lora_merge.storage.destination import Left
 from lora_merge.storage.folder import Folder
 from lora_merge.storage.objects import store_at
 from lora_merge.storage.objects.settings import PROBE
+from lora_merge.storage.owners import close_folder
 from lora_merge.storage.store_names import check_apart, check_free, locked, output_url
 from lora_merge.storage.store_staging import Run, StoreFiles, StoreStaging, beside
 from lora_merge.words import counted
@@ -221,6 +222,7 @@ class StoreDestination:
         del records, changed
         self._merge, self._planned = merge, frozenset(file.name for file in files)
         is_first = self._run is None and self._lock(merge)
+        close_folder(str(self._url), self._wish.inputs)
         # From here on this is not a checkpoint, until its own configuration is there.
         if is_first or not self._wish.shared:
             self._staging.unseal()

@@ -367,6 +367,30 @@ def test_a_private_input_makes_a_private_output(verb, pico, pico_adapter, tamper
     assert (f"chmod -R a+rX {tmp_path / 'closed'}" in closed.stderr) == (verb == "merge")
 
 
+@pytest.mark.parametrize("way", ["by a URL", "in parts"])
+def test_an_output_that_is_written_file_by_file_is_in_a_folder_as_closed_as_its_inputs(
+    way, pico, pico_adapter, tampered, cli, tmp_path
+):
+    base, adapter = tampered(pico(), "base"), tampered(pico_adapter(pico()), "adapter")
+    for path in (base, adapter, *base.iterdir(), *adapter.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    merge = ("--base", base, "--adapter", adapter, "--out")
+    runs = {"by a URL": [()], "in parts": [("--part", "1/1"), ("--seal",)]}[way]
+    found = []
+    for closed in (False, True):
+        out = tmp_path / f"out-{closed}"
+        base.chmod(0o700 if closed else 0o755)
+        before = os.umask(0o022)
+        try:
+            for options in runs:
+                result = cli(*merge, f"file://{out}" if way == "by a URL" else out, *options)
+                assert result.exit_code == 0, result.stderr
+        finally:
+            os.umask(before)
+        found.append((stat.S_IMODE(out.stat().st_mode), f"chmod -R a+rX {out}" in result.stderr))
+    assert found == [(0o755, False), (0o700, True)]
+
+
 @pytest.mark.parametrize(("umask", "modes"), [(0o022, {0o755, 0o644}), (0o002, {0o775, 0o664})])
 def test_the_mode_that_safetensors_gives_to_every_file_does_not_make_an_output_private(
     umask, modes, pico, pico_adapter, tampered, cli, tmp_path
