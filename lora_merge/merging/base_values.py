@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error
 from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.core.weight import WEIGHT
 from lora_merge.errors import PlanError
 from lora_merge.formats.safetensors import is_finite, is_zero
 
@@ -48,7 +49,8 @@ def _odd_parts(weight: Weight) -> Iterator[Issue]:
     """Yield an issue for each tensor of a weight whose numbers cannot be computed with."""
     settings = dict(weight.storage.settings)
     for role, ref in weight.parts.items():
-        floats = _floats_of(role, ref, str(settings.get("scale", "")))
+        is_codes = role == WEIGHT and not weight.storage.is_dense
+        floats = _floats_of(role, ref, str(settings.get("scale", "")), is_codes=is_codes)
         if floats and not is_finite(ref, floats):
             yield error(
                 "non-finite", ref.name, "holds NaN or infinity in the base, expected finite numbers", _HINT
@@ -57,10 +59,13 @@ def _odd_parts(weight: Weight) -> Iterator[Issue]:
             yield error("non-finite", ref.name, "is 0 in the base, expected a positive scale", _HINT)
 
 
-def _floats_of(role: str, ref: TensorRef, scale: str) -> str:
+def _floats_of(role: str, ref: TensorRef, scale: str, *, is_codes: bool) -> str:
     """Return the dtype of the numbers that a part holds; empty for integers."""
-    if ref.dtype in TORCH_NAMES or ref.dtype in _SMALL_FLOATS:
+    if ref.dtype in _SMALL_FLOATS:
         return ref.dtype
+    if ref.dtype in TORCH_NAMES:
+        # bitsandbytes may keep its codes under such a dtype.
+        return "" if is_codes else ref.dtype
     # Powers of two, and MLX's other scales, are stored as plain bytes.
     is_byte = role == "scale" and ref.dtype == "U8"
     return ("F8_E4M3" if scale.endswith("E4M3") else "F8_E8M0") if is_byte else ""

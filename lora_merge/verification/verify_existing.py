@@ -20,6 +20,7 @@ from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
 from lora_merge.core.tensor import TORCH_NAMES, Survival, TensorRecord, TensorRef
+from lora_merge.core.weight import WEIGHT
 from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
 from lora_merge.formats.manifest import Manifest, parse_manifest
 from lora_merge.formats.safetensors import is_finite, tensor_digest
@@ -353,7 +354,9 @@ class _Verification:
                 continue
             suspects = None if self.request.level == "full" else suspects_of(step, here)
             for role, slot in step.writes.items():
-                finite = slot.dtype not in TORCH_NAMES or is_finite(here[role])
+                # bitsandbytes may keep its codes under a dtype of floats.
+                is_codes = role == WEIGHT and not step.op.target.is_dense
+                finite = is_codes or slot.dtype not in TORCH_NAMES or is_finite(here[role])
                 yield TensorRecord(
                     slot.name, slot.file, slot.nbytes, "", finite, kept(slot.name), suspects=suspects
                 )

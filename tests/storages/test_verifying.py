@@ -189,6 +189,24 @@ def test_a_change_that_no_code_can_keep_is_no_fault(name, share, tmp_path):
     assert errors(evidence) == errors(replace(evidence, level="sample")) == set()
 
 
+def test_codes_under_a_dtype_of_floats_are_verified(adapters, cli, tmp_path):
+    """``bnb_4bit_quant_storage``: read as floats, some codes are NaN."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(FIXTURES / "bnb-nf4", base)
+
+    def change(tensors):
+        for name, tensor in tensors.items():
+            if name.endswith("_proj.weight"):
+                tensors[name] = tensor.view(torch.bfloat16).view(-1, 1)
+
+    edit_tensors(base / "model.safetensors", change)
+    adapter = adapters(FIXTURES / "bnb-nf4")
+    result = cli("--base", base, "--adapter", adapter, "--out", out, "--out-storage", "base")
+    assert result.exit_code == exits.OK, result.stderr
+    result = cli("verify", out, "--level", "full")
+    assert result.exit_code == exits.OK, result.stdout
+
+
 def test_one_small_change_among_others_is_told(adapters, cli, tmp_path):
     base, adapter = FIXTURES / "ct-int4", tmp_path / "adapter"
     shutil.copytree(adapters(base), adapter)
