@@ -31,8 +31,8 @@ def standing_in_store(planned: Planned) -> Standing | None:
     if not storage.is_complete(wish):
         return Standing(is_there=False)
     fault = other_than(planned, storage.published(wish))
-    sentence = "is up to date by its manifest; the weights in the store were not read"
-    notes = () if fault else (note("not-read", wish.out, sentence),)
+    sentence = "were not read; the output is up to date by its manifest"
+    notes = () if fault else (note("not-read", "weights in the store", sentence),)
     return Standing(is_there=True, fault=fault, notes=notes)
 
 
