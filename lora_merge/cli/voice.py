@@ -65,7 +65,12 @@ def _near(text: str) -> str:
         here = os.getcwd()  # noqa: PTH109 - compared as text
     except OSError:
         return text
-    return re.sub(rf"(?<![^\s'\"(=:,]){re.escape(here)}/(?=[^\s/])", "", text) if len(here) > 1 else text
+    # After file: the path is a part of a URL.
+    return (
+        re.sub(rf"(?<![^\s'\"(=:,])(?<!file:){re.escape(here)}/(?=[^\s/])", "", text)
+        if len(here) > 1
+        else text
+    )
 
 
 def say_lines(text: str) -> None:

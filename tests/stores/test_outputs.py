@@ -399,12 +399,22 @@ def test_a_batch_removes_what_a_killed_run_left_beside_a_complete_output_but_not
 
 @pytest.mark.parametrize(
     "text",
-    ["S3://mod/x", "s3:/mod/x", "s3:mod/x", "s3//mod/x", "gcs://mod/x", "https://host/x", "hf://org/x"],
+    [
+        "file:HERE/x",
+        "S3://mod/x",
+        "s3:/mod/x",
+        "s3:mod/x",
+        "s3//mod/x",
+        "gcs://mod/x",
+        "https://host/x",
+        "hf://org/x",
+    ],
 )
 def test_a_misspelt_url_does_not_become_a_directory(text, cli, pico, pico_adapter, tmp_path, monkeypatch):
     base = pico()
     adapter = pico_adapter(base)
     monkeypatch.chdir(tmp_path)
+    text = text.replace("HERE", str(tmp_path))
 
     done = cli("--base", base, "--adapter", adapter, "--out", text)
 

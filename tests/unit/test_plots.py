@@ -362,6 +362,7 @@ def test_the_colours_are_those_of_viridis():
     [
         ("x.jpg", "plot: x.jpg is a .jpg file, expected .png, .svg or .html"),
         ("plot", "plot: plot has no suffix, expected .png, .svg or .html"),
+        ("s3://models/x.png", "plot: s3:/models/x.png is a URL, and pictures are written to a disk only"),
     ],
 )
 def test_another_suffix_is_refused_before_anything_is_drawn(name, sentence):

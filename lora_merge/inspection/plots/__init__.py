@@ -12,6 +12,7 @@ from lora_merge.inspection.plots.grid import arranged, panels_of
 from lora_merge.inspection.plots.image import image
 from lora_merge.inspection.plots.page import page
 from lora_merge.runtime.shortage import raise_if_out_of_memory
+from lora_merge.storage.objects.urls import is_like_url
 from lora_merge.storage.small_files import write_text
 from lora_merge.storage.writing import write_error
 
@@ -30,8 +31,13 @@ def check(path: Path) -> None:
     """Check that a file can be drawn, before anything is computed for it.
 
     Raises:
-        RequestError: its suffix names no known format, or the format needs matplotlib, which is not installed.
+        RequestError: it is a URL, its suffix names no known format, or the format needs matplotlib, which is not installed.
     """
+    if is_like_url(str(path)):
+        hint = "name a file of this machine, and copy it afterwards"
+        raise RequestError(
+            "", 0, "plot", f"{path} is a URL, and pictures are written to a disk only", hint=hint
+        )
     wanted = "expected .png, .svg or .html"
     suffix = path.suffix.lower()
     if not suffix:
