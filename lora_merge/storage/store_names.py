@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.errors import ResolveError, WriteError
+from lora_merge.storage.objects import store_at
 from lora_merge.storage.objects.settings import PROBE
-from lora_merge.storage.objects.urls import parse_store_url
+from lora_merge.storage.objects.urls import parse_store_url, path_here
+from lora_merge.storage.replaceable import check_writable
 from lora_merge.storage.store_staging import beside
 from lora_merge.words import choice
 
@@ -70,6 +72,21 @@ def check_free(url: StoreUrl, wish: Wish, entries: Mapping[str, Entry], run: Run
         raise WriteError(
             sentence, hint="choose another --out, or delete it yourself: --overwrite does not replace it"
         )
+
+
+def check_may_write(url: StoreUrl) -> None:
+    """Check that files can be made and deleted in an output's prefix, and in staging beside it.
+
+    Raises:
+        WriteError: they cannot.
+    """
+    here = path_here(str(url))
+    if here is not None:
+        # Asked and not tried: a directory goes with its last file, and another process may just begin one in it.
+        check_writable(here)
+        return
+    for place in (url, beside(url)):
+        store_at(place).check_writable()
 
 
 def locked(url: StoreUrl, run: Run, merge: str, told: Mapping[str, str]) -> WriteError:

@@ -22,8 +22,8 @@ from lora_merge.storage.folder import Folder
 from lora_merge.storage.objects import store_at
 from lora_merge.storage.objects.settings import PROBE
 from lora_merge.storage.owners import close_folder
-from lora_merge.storage.store_names import check_apart, check_free, locked, output_url
-from lora_merge.storage.store_staging import Run, StoreFiles, StoreStaging, beside
+from lora_merge.storage.store_names import check_apart, check_free, check_may_write, locked, output_url
+from lora_merge.storage.store_staging import Run, StoreFiles, StoreStaging
 from lora_merge.words import counted
 
 if TYPE_CHECKING:
@@ -135,9 +135,7 @@ class StoreDestination:
         Raises:
             WriteError: they cannot.
         """
-        url = output_url(out)
-        for place in (url, beside(url)):
-            store_at(place).check_writable()
+        check_may_write(output_url(out))
 
     @staticmethod
     def free_bytes(out: str) -> int:

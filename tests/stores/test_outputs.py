@@ -17,6 +17,7 @@ from lora_merge.errors import VerifyError, WriteError
 from lora_merge.merging import staged
 from lora_merge.storage import store_staging
 from lora_merge.storage.objects import StoreUrl, store_at
+from lora_merge.storage.store_output import StoreDestination
 from lora_merge.storage.store_staging import Run, StoreFiles, StoreStaging, beside
 from tests.storages.reference import FIXTURES, adapted, by_library, everywhere, model_of
 from tests.stores.conftest import SECRET
@@ -208,6 +209,14 @@ def test_a_run_that_says_that_it_ended_is_in_nobodys_way(dense, url, tmp_path):
     merge = dense()
     merged(merge, url)
     assert bytes_of(store_at(url)) == on_disk(merge, tmp_path, name_of(url))
+
+
+def test_of_files_of_this_machine_the_permissions_are_asked_and_nothing_is_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match=r"cannot be created, because .*/file is a file"):
+        StoreDestination.check_writable(f"file://{tmp_path}/file/out")
+    StoreDestination.check_writable(f"file://{tmp_path}/new/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 class Listening:
