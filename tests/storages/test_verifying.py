@@ -197,7 +197,7 @@ def test_codes_under_a_dtype_of_floats_are_verified(adapters, cli, tmp_path):
     def change(tensors):
         for name, tensor in tensors.items():
             if name.endswith("_proj.weight"):
-                tensors[name] = tensor.view(torch.bfloat16).view(-1, 1)
+                tensors[name] = tensor.flatten().view(torch.bfloat16)[:, None]
 
     edit_tensors(base / "model.safetensors", change)
     adapter = adapters(FIXTURES / "bnb-nf4")
