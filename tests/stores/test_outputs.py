@@ -431,3 +431,13 @@ def test_a_misspelt_url_does_not_become_a_directory(text, cli, pico, pico_adapte
     assert f"{text}: is not a URL that an output can have" in done.stderr
     assert f"a directory of this name is ./{text}" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_trying_to_write_leaves_the_empty_folders_above_an_output(tmp_path):
+    """The user may be in one of them."""
+    above = tmp_path / "one" / "two"
+    above.mkdir(parents=True)
+    before = above.stat().st_ino
+    StoreDestination.check_writable(f"file://{above}/out")
+    assert above.stat().st_ino == before
+    assert list(above.iterdir()) == []
