@@ -10,7 +10,7 @@ from lora_merge.merging.worker import FilePiece
 from lora_merge.storage.copy_runs import RUN_BYTES, copy_runs
 from lora_merge.storage.in_order import HELD_BYTES
 from lora_merge.storage.objects.parts import PARTS_UNDER_WAY, part_bytes
-from lora_merge.storage.objects.ranged import BLOCK_BYTES, BLOCKS_AHEAD
+from lora_merge.storage.ranged import BLOCK_BYTES, BLOCKS_AHEAD
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

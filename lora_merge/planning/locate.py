@@ -31,9 +31,9 @@ from lora_merge.formats.trainer_files import chosen, described, file_names, unre
 from lora_merge.planning.base_names import named_bases
 from lora_merge.storage.hub import Access, Repo, open_repo
 from lora_merge.storage.objects.local_copies import LocalCopy, local_copy
-from lora_merge.storage.objects.shown import by_url
 from lora_merge.storage.objects.urls import StoreUrl, is_store_url, parse_store_url
 from lora_merge.storage.paths import file_hint, missing_hint
+from lora_merge.storage.shown import by_url
 from lora_merge.storage.source import Source, parse_source, unread_kind
 from lora_merge.storage.user_paths import is_directory, real_path, user_path
 from lora_merge.words import listing

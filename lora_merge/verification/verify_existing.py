@@ -38,7 +38,7 @@ from lora_merge.runtime.shortage import MORE, translate_out_of_memory
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
 from lora_merge.storage.local import why_no_file
-from lora_merge.storage.objects.shown import by_url, errors_by_url
+from lora_merge.storage.shown import by_url, errors_by_url
 from lora_merge.storage.small_files import read_json
 from lora_merge.storage.sources import is_local
 from lora_merge.storage.user_paths import is_directory, user_path

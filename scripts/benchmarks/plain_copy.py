@@ -10,7 +10,7 @@ import sys
 from lora_merge.storage.objects import StoreUrl, parse_store_url, s3_client
 from lora_merge.storage.objects.connecting import bucket_of
 from lora_merge.storage.objects.parts import PARTS_UNDER_WAY, part_bytes
-from lora_merge.storage.objects.ranged import BLOCK_BYTES
+from lora_merge.storage.ranged import BLOCK_BYTES
 
 
 def by_obstore(source: StoreUrl, target: StoreUrl) -> None:

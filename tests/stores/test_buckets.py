@@ -13,7 +13,7 @@ from lora_merge.runtime import packages
 from lora_merge.storage import input_files
 from lora_merge.storage.objects import AlreadyThereError, StoreUrl, store_at
 from lora_merge.storage.objects.parts import part_bytes
-from lora_merge.storage.objects.ranged import BLOCK_BYTES
+from lora_merge.storage.ranged import BLOCK_BYTES
 from lora_merge.storage.reading import read_blocks, read_into
 from lora_merge.storage.sources import open_source, version_at
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.core.identity import FileIdentity
 from lora_merge.errors import CheckpointError, WriteError
 from lora_merge.runtime import packages
 from lora_merge.storage.objects.connecting import bucket_of
 from lora_merge.storage.objects.failures import reading, writing
 from lora_merge.storage.objects.parts import PARTS_UNDER_WAY, PartWriter, part_bytes
-from lora_merge.storage.objects.ranged import RangedSource
 from lora_merge.storage.objects.settings import PROBE
-from lora_merge.storage.objects.store import Entry, FileSink, Receipt, version_of
+from lora_merge.storage.objects.store import Entry, FileSink, Receipt, match_of, version_of
+from lora_merge.storage.ranged import RangedSource
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, WritableFile
@@ -127,11 +128,27 @@ class BucketStore:
         entry = entry or self.entry(name)
         if entry is None:
             raise CheckpointError(text, "", "does not exist")
-        source = RangedSource(self._bucket, self._key(name), text, entry.nbytes, entry.version)
+        version = FileIdentity(0, 0, entry.nbytes, 0, 0, entry.version)
+        source = RangedSource(text, version, partial(self._range, name, entry.version))
         try:
             yield source
         finally:
             source.close()
+
+    def _range(self, name: str, tag: str, start: int, end: int) -> memoryview:
+        """Return a range of one version of an object, in one request.
+
+        Raises:
+            ChangedError: the object has another version now.
+            CheckpointError: it cannot be read.
+        """
+        import obstore
+
+        with reading(self.url.child(name)):
+            got = obstore.get(
+                self._bucket, self._key(name), options={"range": (start, end), "if_match": match_of(tag)}
+            )
+            return memoryview(got.bytes())
 
     @contextlib.contextmanager
     def file(self, name: str, nbytes: int) -> Iterator[FileSink]:

@@ -1,4 +1,4 @@
-"""Objects as sources: ranged reads of one version, with blocks that are fetched ahead."""
+"""Files of slow storages as sources: ranged reads of one version, with blocks that are fetched ahead."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING
 
-from lora_merge.core.identity import FileIdentity
 from lora_merge.errors import CheckpointError
-from lora_merge.storage.objects.failures import reading
-from lora_merge.storage.objects.store import match_of
 
 if TYPE_CHECKING:
-    from obstore.store import ObjectStore
+    from collections.abc import Callable
+
+    from lora_merge.core.identity import FileIdentity
 
 BLOCK_BYTES = 8 << 20
 """Of one request that is made ahead."""
@@ -45,22 +44,20 @@ class _Block:
 
 
 class RangedSource:
-    """One version of an object (a `storage.sources.Source`). Each request demands that version.
+    """One version of a file (a `storage.sources.Source`).
 
     Args:
-        store: the bucket.
-        key: of the object in it.
-        text: its URL, as messages have it.
-        nbytes: its size.
-        tag: its ETag; empty where the store has none.
+        text: its name, as messages have it.
+        version: which version; its size is in it.
+        fetch: returns the bytes from a first one up to another, in one request that demands this version. Several
+            threads may call it at once.
     """
 
     fd = None
 
-    def __init__(self, store: ObjectStore, key: str, text: str, nbytes: int, tag: str) -> None:
-        self.text, self.nbytes = text, nbytes
-        self.version = FileIdentity(0, 0, nbytes, 0, 0, tag)
-        self._store, self._key, self._tag = store, key, tag
+    def __init__(self, text: str, version: FileIdentity, fetch: Callable[[int, int], memoryview]) -> None:
+        self.text, self.nbytes, self.version = text, version.size, version
+        self._get = fetch
         self._lock = threading.Lock()
         self._wanted: deque[tuple[int, int]] = deque()
         self._blocks: list[_Block] = []
@@ -70,7 +67,7 @@ class RangedSource:
         """Read into a buffer from an offset; return the number of bytes, 0 at the end.
 
         Raises:
-            ChangedError: the object has changed since it was opened.
+            ChangedError: the file has changed since it was opened.
             CheckpointError: it cannot be read.
         """
         count = min(len(buffer), self.nbytes - offset)
@@ -155,16 +152,10 @@ class RangedSource:
         """Return a range, in one request.
 
         Raises:
-            ChangedError: the object has changed since it was opened.
-            CheckpointError: it cannot be read, or the store gave another number of bytes.
+            ChangedError: the file has changed since it was opened.
+            CheckpointError: it cannot be read, or another number of bytes came.
         """
-        import obstore
-
-        with reading(self.text):
-            got = obstore.get(
-                self._store, self._key, options={"range": (start, end), "if_match": match_of(self._tag)}
-            )
-            content = memoryview(got.bytes())
+        content = self._get(start, end)
         if len(content) != end - start:
             what = f"the store gave {len(content)} bytes for a range of {end - start}"
             raise CheckpointError(self.text, "", what, hint="run again while no other program writes to it")
