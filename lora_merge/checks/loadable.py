@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lora_merge.checks.gate import RULES, SLOW
 from lora_merge.formats.written_checkpoint import read_output
 from lora_merge.storage.digests import same_bytes
-from lora_merge.storage.objects.local_copies import in_store, local_path
+from lora_merge.storage.local_copies import in_store, local_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -32,7 +32,7 @@ from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
-from lora_merge.storage.objects.local_copies import local_path, without_copies
+from lora_merge.storage.local_copies import local_path, without_copies
 from lora_merge.storage.shown import by_url, errors_by_url
 from lora_merge.storage.sources import is_local
 

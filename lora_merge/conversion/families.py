@@ -12,7 +12,7 @@ from lora_merge.formats.model_config import read_config
 from lora_merge.serving import ENGINES, family_issues, obstacles, report
 from lora_merge.serving.family import BaseFamily
 from lora_merge.serving.traits import Trait, traits_of
-from lora_merge.storage.objects.local_copies import local_path
+from lora_merge.storage.local_copies import local_path
 from lora_merge.storage.objects.urls import is_store_url
 from lora_merge.storage.small_files import read_json
 from lora_merge.storage.user_paths import file_in

@@ -30,7 +30,7 @@ from lora_merge.serving import ENGINES
 from lora_merge.storage.digests import text_digest
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
-from lora_merge.storage.objects.local_copies import without_copies
+from lora_merge.storage.local_copies import without_copies
 from lora_merge.storage.objects.urls import path_here
 from lora_merge.storage.shown import by_url, errors_by_url
 from lora_merge.storage.signs import sample_digest

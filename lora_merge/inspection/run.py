@@ -34,7 +34,7 @@ from lora_merge.runtime.machine import usable_cores
 from lora_merge.runtime.shortage import MORE, translate_out_of_memory
 from lora_merge.serving import ENGINES
 from lora_merge.storage.hub import Access
-from lora_merge.storage.objects.local_copies import local_path
+from lora_merge.storage.local_copies import local_path
 from lora_merge.storage.shown import by_url, errors_by_url
 from lora_merge.storage.small_files import read_json, read_text
 from lora_merge.storage.user_paths import user_path

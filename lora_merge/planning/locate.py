@@ -30,7 +30,8 @@ from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE, belongs_to_a
 from lora_merge.formats.trainer_files import chosen, described, file_names, unread_files
 from lora_merge.planning.base_names import named_bases
 from lora_merge.storage.hub import Access, Repo, open_repo
-from lora_merge.storage.objects.local_copies import LocalCopy, local_copy
+from lora_merge.storage.local_copies import LocalCopy
+from lora_merge.storage.objects.local_copies import local_copy
 from lora_merge.storage.objects.urls import StoreUrl, is_store_url, parse_store_url
 from lora_merge.storage.paths import file_hint, missing_hint
 from lora_merge.storage.shown import by_url
@@ -84,7 +85,7 @@ class Place:
     @property
     def prefix(self) -> str:
         """What the texts of a base's weight files begin with, where they are in a store; else empty."""
-        return str(self.copy.url) if self.copy is not None else ""
+        return self.copy.text if self.copy is not None else ""
 
     @property
     def origin(self) -> Origin | None:

@@ -38,7 +38,7 @@ from lora_merge.layouts import Stored
 from lora_merge.modeling.conversion import Conversion
 from lora_merge.modeling.counts import excess_of
 from lora_merge.modeling.skeleton import build_skeleton
-from lora_merge.storage.objects.local_copies import local_path
+from lora_merge.storage.local_copies import local_path
 from lora_merge.storage.shown import by_url
 from lora_merge.storage.small_files import read_json
 from lora_merge.storage.sources import is_stored

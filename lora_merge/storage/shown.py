@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lora_merge.errors import LoraMergeError
-from lora_merge.storage.objects.local_copies import homes
+from lora_merge.storage.local_copies import homes
 from lora_merge.storage.objects.urls import is_store_url
 
 if TYPE_CHECKING:

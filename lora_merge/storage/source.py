@@ -24,6 +24,9 @@ _UNREAD = re.compile(
 ``…-HQQ-4bit``, ``…-exl2``. Other names say nothing: a repo's configuration does."""
 
 
+_FILE = re.compile(r"hf://(?P<repo>[^@]+)@(?P<commit>[0-9a-f]{40})/(?P<name>.+)", re.ASCII)
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A folder of a repo at a revision, as the user asked for it."""
@@ -101,6 +104,36 @@ def parse_source(text: str) -> Source | None:
     if not all(_REPO.fullmatch(part) for part in repo) or any(part in {"", ".", ".."} for part in folder):
         return None
     return Source(host, "/".join(repo), "/".join(folder), revision or None, bool(found))
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repo of the Hugging Face Hub at a commit, which is read by ranges: what `TensorRef.file` has of it."""
+
+    repo: str
+    commit: str
+    name: str
+    """In the repo, with slashes."""
+
+    def __str__(self) -> str:
+        """Return the text that parses to this file."""
+        return f"hf://{self.repo}@{self.commit}/{self.name}"
+
+
+def parse_hub_file(text: str) -> HubFile | None:
+    """Return the file that a text names; None for any other text.
+
+    Example:
+        >>> parse_hub_file("hf://org/name@" + "a" * 40 + "/model.safetensors").name, parse_hub_file("hf://org/name")
+        ('model.safetensors', None)
+    """
+    found = _FILE.fullmatch(text)
+    return None if found is None else HubFile(found["repo"], found["commit"], found["name"])
+
+
+def is_hub_text(text: str) -> bool:
+    """Return True for the text of a file, or a folder, of a repo at a commit."""
+    return _FILE.match(f"{text}/.") is not None
 
 
 def unread_kind(repo: str) -> tuple[str, str] | None:

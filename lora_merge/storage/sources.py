@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from lora_merge.storage import input_files
 from lora_merge.storage.local import LOCAL
-from lora_merge.storage.objects.local_copies import WithCopies
+from lora_merge.storage.local_copies import WithCopies
 from lora_merge.storage.objects.scheme import OBJECTS
 from lora_merge.storage.objects.urls import SHAPES
 

@@ -12,7 +12,8 @@ from lora_merge.errors import ResolveError
 from lora_merge.formats.recognise import fault_of, names_in
 from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 from lora_merge.formats.written_checkpoint import Output, read_output
-from lora_merge.storage.objects.local_copies import LocalCopy, local_copy
+from lora_merge.storage.local_copies import LocalCopy
+from lora_merge.storage.objects.local_copies import local_copy
 from lora_merge.storage.objects.urls import parse_store_url
 from lora_merge.storage.user_paths import real_path, user_path
 
@@ -41,7 +42,7 @@ class Existing:
     @property
     def label(self) -> str:
         """What it is called."""
-        return self.output.root if self.copy is None else str(self.copy.url)
+        return self.output.root if self.copy is None else self.copy.text
 
 
 def find_output(out: str, watch: Observer) -> Existing:

@@ -14,8 +14,9 @@ from lora_merge.core.report import Issue, Silence
 from lora_merge.errors import ChangedError, CheckpointError, PlanError, ResolveError
 from lora_merge.runtime.temporary import folder_for, remove_folders
 from lora_merge.storage.input_files import watching
+from lora_merge.storage.local_copies import in_store, local_path, without_copies
 from lora_merge.storage.objects import StoreUrl, store_at
-from lora_merge.storage.objects.local_copies import in_store, local_copy, local_path, without_copies
+from lora_merge.storage.objects.local_copies import local_copy
 from lora_merge.storage.reading import read_into
 from lora_merge.storage.shown import by_url, errors_by_url
 from lora_merge.storage.sources import open_source, version_at

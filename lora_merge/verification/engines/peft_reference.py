@@ -21,7 +21,7 @@ from lora_merge.modeling.conversion import Conversion
 from lora_merge.modeling.plain_config import plain_adapter_config
 from lora_merge.peft_rules.kinds import PREFIX
 from lora_merge.runtime.shortage import raise_if_out_of_memory
-from lora_merge.storage.objects.local_copies import local_path
+from lora_merge.storage.local_copies import local_path
 from lora_merge.storage.small_files import read_json
 from lora_merge.verification.engines.hf import Deferred, quiet
 from lora_merge.words import listing
