@@ -62,7 +62,11 @@ GROUPS: Final[tuple[Group, ...]] = (
         ("dry_run", "explain", "survival", "keep_going", "level", "verify"),
         ("no_verify", "allow_loss", "allow_untie", "allow_svd", "allow_again"),
     ),
-    Group("Machine and Hub", ("device", "jobs", "offline"), ("token", "memory_limit", "workers", "executor")),
+    Group(
+        "Machine and Hub",
+        ("device", "jobs", "offline"),
+        ("stream_base", "token", "memory_limit", "workers", "executor"),
+    ),
     Group(
         "Messages",
         ("full", "plot", "report", "json", "log_file", "quiet", "verbose"),

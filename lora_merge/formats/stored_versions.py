@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 def versions_of(base: Checkpoint, inputs: Inputs) -> dict[str, str]:
     """Return weight file → the version that was read, by the names in the checkpoint; nothing for local files.
 
-    What ``file://`` calls a version has an inode and a time of this machine, which a manifest does not have.
+    What ``file://`` calls a version has an inode and a time of this machine, which a manifest does not have. Of a base on the
+    Hub, the manifest has the commit, which says it for every file.
 
     Args:
         base: the checkpoint.
         inputs: what was read.
     """
-    if is_local(base.root) or base.root.startswith("file://"):
+    if is_local(base.root) or base.root.startswith(("file://", "hf://")):
         return {}
     places = {file.name: ref.file for file in base.files for ref in file.tensors[:1]}
     read = {name: inputs.files[place].identity.tag for name, place in places.items() if place in inputs.files}

@@ -14,7 +14,7 @@ from lora_merge.conversion.lora import Given, Recipe
 from lora_merge.core.plan import Merge, Step
 from lora_merge.core.report import Observer, Silence
 from lora_merge.core.work import Plain, largest_first
-from lora_merge.errors import PlanError
+from lora_merge.errors import PlanError, RequestError
 from lora_merge.executors import pick
 from lora_merge.formats.repo_files import CONVERSION_MANIFEST, TRAINING_ARGUMENTS
 from lora_merge.formats.side_files import CARD_FILE
@@ -66,6 +66,9 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
     if drawing is not None:
         # A missing package is reported before everything is measured, not after.
         plots.check(drawing)
+    if request.stream_base and request.base is None:
+        sentence = "needs --base, which names the repo on the Hub"
+        raise RequestError("", 0, "stream_base", sentence, hint="add --base ORG/NAME")
     with translate_out_of_memory("inspecting", MORE), errors_by_url():
         access = Access(request.token, request.offline)
         found = find(request.adapter, "adapter")
@@ -120,7 +123,8 @@ def _options(request: InspectRequest) -> str:
     given = [("--base", request.base), ("--base-is", request.base_is)]
     given += [("--expert-layout", layout) for layout in request.expert_layout]
     given += [("--ignore-file", name) for name in request.ignore_file]
-    return "".join(f" {option} {quote(value)}" for option, value in given if value)
+    switch = " --stream-base" if request.stream_base else ""
+    return "".join(f" {option} {quote(value)}" for option, value in given if value) + switch
 
 
 def _held_against_base(
@@ -131,7 +135,7 @@ def _held_against_base(
         ((request.adapter, 1.0),),
         request.base,
         request.ignore_file,
-        Access(request.token, request.offline),
+        Access(request.token, request.offline, request.stream_base),
     )
     reading = Reading(request.base_is, request.expert_layout, allow_svd=True)
     try:

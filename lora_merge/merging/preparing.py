@@ -312,6 +312,9 @@ def _check_executor(request: Request, device: str) -> None:
     if request.executor not in {"auto", "serial", "threads"} and device != "cpu":
         sentence = f"is {request.executor}, but {device} works with threads only"
         raise RequestError("", 0, "executor", sentence, hint="leave out --executor, or use --device cpu")
+    if request.executor == "processes" and request.stream_base and request.token:
+        sentence = "is processes, which are not given the token of --token, and each of them reads the base from the Hub"
+        raise RequestError("", 0, "executor", sentence, hint="set HF_TOKEN instead of --token")
 
 
 def _check_links(request: Request, plan: MergePlan, storage: Storage) -> None:

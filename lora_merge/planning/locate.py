@@ -29,7 +29,7 @@ from lora_merge.formats.repo_files import (
 from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 from lora_merge.formats.trainer_files import chosen, described, file_names, unread_files
 from lora_merge.planning.base_names import named_bases
-from lora_merge.storage.hub import Access, Repo, open_repo
+from lora_merge.storage.hub import Access, Repo, open_repo, streamed
 from lora_merge.storage.local_copies import LocalCopy
 from lora_merge.storage.objects.local_copies import local_copy
 from lora_merge.storage.objects.urls import StoreUrl, is_store_url, parse_store_url
@@ -223,9 +223,14 @@ def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Pla
     Raises:
         ResolveError: the repo or the store cannot be reached, or holds no model.
     """
+    if access.stream_base:
+        _check_streamed(found, text)
     if isinstance(found, Path):
         return Place(text, found)
-    repo = _opened(found, access, watch)
+    opened = _opened(found, access, watch)
+    repo = opened
+    if access.stream_base and isinstance(opened, Repo):
+        repo = streamed(opened, access)
     known = repo.names | repo.absent
     if isinstance(repo, LocalCopy):
         _refuse_pickled(str(found), known)
@@ -236,12 +241,30 @@ def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Pla
     try:
         weights = base_weights(str(found), known, root)
     except CheckpointError as exc:
-        if isinstance(repo, LocalCopy):
+        if isinstance(opened, LocalCopy):
             exc.hint = "upload the missing files: the upload is incomplete"
         raise
-    # A store's weights are read where they are, by ranges.
+    # A store's weights are read where they are, by ranges; and the Hub's where that is wanted.
     wanted = frozenset() if isinstance(repo, LocalCopy) else weights
-    return replace(_place(text, root, repo), weights=wanted, issues=_absent_issues(str(found), absent))
+    place = replace(_place(text, root, repo), weights=wanted, issues=_absent_issues(str(found), absent))
+    return replace(place, repo=opened) if isinstance(opened, Repo) else place
+
+
+def _check_streamed(found: Found, text: str) -> None:
+    """Check that a base is on the Hugging Face Hub, where weights may be read without a download.
+
+    Raises:
+        ResolveError: it is elsewhere.
+    """
+    if isinstance(found, Source) and found.host == "hf":
+        return
+    if isinstance(found, StoreUrl):
+        sentence = "is in an object store, where weights are read by ranges without --stream-base"
+    elif isinstance(found, Source):
+        sentence = "is on ModelScope, and --stream-base reads from the Hugging Face Hub only"
+    else:
+        sentence = "is a directory of this machine, and --stream-base is for a base on the Hugging Face Hub"
+    raise ResolveError(f"{text}: {sentence}", hint="leave out --stream-base")
 
 
 def _opened(found: Source | StoreUrl, access: Access, watch: Observer) -> Repo | LocalCopy:
@@ -265,14 +288,16 @@ def _place(text: str, root: Path, held: Repo | LocalCopy) -> Place:
 
 
 def _refuse_pickled(label: str, names: Collection[str]) -> None:
-    """Check that a base in a store has safetensors.
+    """Check that a base whose weights are read by ranges has safetensors.
 
     Raises:
         ResolveError: it has only files of ``torch.save``, which are read as a whole.
     """
     pickled = [name for name in (PICKLED_INDEX_FILE, PICKLED_FILE) if name in names]
     if pickled and not {INDEX_FILE, SAFETENSORS_FILE} & set(names):
-        sentence = f"{label}: has its weights in {pickled[0]}, expected safetensors, which a store can serve in parts"
+        sentence = (
+            f"{label}: has its weights in {pickled[0]}, expected safetensors, which can be read in parts"
+        )
         hint = "download it and pass its folder, or save the model with safetensors"
         raise ResolveError(sentence, hint=hint)
 

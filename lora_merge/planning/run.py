@@ -55,7 +55,7 @@ from lora_merge.requests.values import parse_adapter
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
 from lora_merge.storage.local_copies import without_copies
-from lora_merge.storage.objects.urls import path_here
+from lora_merge.storage.objects.urls import is_store_url, path_here
 from lora_merge.storage.shown import by_url, errors_by_url
 from lora_merge.storage.sources import is_local
 from lora_merge.storage.user_paths import is_directory, user_path
@@ -143,7 +143,8 @@ class Planned:
         own = {ref.file for ref in self.checkpoint.tensors()}
         own.update(*(use.adapter.files for use in self.uses))
         # The output may neither be in one of them nor replace one, whatever text names it.
-        return tuple(path for path in map(path_here, (*roots, *sorted(own))) if path is not None)
+        texts = [text for text in (*roots, *sorted(own)) if is_local(text) or is_store_url(text)]
+        return tuple(path for path in map(path_here, texts) if path is not None)
 
     def stored_files(self) -> tuple[str, ...]:
         """Return the weight files of base and adapters that are in another storage."""
@@ -163,7 +164,7 @@ def plan_request(request: Request, watch: Observer) -> Planned:
         tuple(map(chosen_adapter, request.adapter)),
         request.base,
         request.ignore_file,
-        Access(request.token, request.offline),
+        Access(request.token, request.offline, request.stream_base),
     )
     found = join_inputs(texts, _settings(Reading, request), watch)
     policy = _settings(Policy, request)

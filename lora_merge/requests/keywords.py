@@ -98,6 +98,9 @@ class PlanOptions(TypedDict, total=False):
     offline: bool
     """Use the local cache only. No network access."""
 
+    stream_base: bool
+    """Read the weights of a base on the Hub by ranges, without storing them on this machine."""
+
 
 class MergeOptions(PlanOptions, total=False):
     """Keywords of `lora_merge.merge`."""
@@ -200,6 +203,9 @@ class VerifyOptions(TypedDict, total=False):
     offline: bool
     """Use the local cache only. No network access."""
 
+    stream_base: bool
+    """Read the weights of a base on the Hub by ranges, without storing them on this machine."""
+
     report: str | PathLike[str] | None
     """Write the result as an HTML page. It includes errors, and needs no network to be shown."""
 
@@ -239,6 +245,9 @@ class InspectOptions(TypedDict, total=False):
 
     offline: bool
     """Use the local cache only. No network access."""
+
+    stream_base: bool
+    """Read the weights of a base on the Hub by ranges, without storing them on this machine."""
 
     report: str | PathLike[str] | None
     """Write the result as an HTML page. It includes errors, and needs no network to be shown."""

@@ -102,6 +102,9 @@ class Request:
     offline: bool = False
     """Use the local cache only. No network access."""
 
+    stream_base: bool = False
+    """Read the weights of a base on the Hub by ranges, without storing them on this machine."""
+
     strict: bool = False
     """Treat warnings as errors."""
 
@@ -206,6 +209,9 @@ class VerifyRequest:
     offline: bool = False
     """Use the local cache only. No network access."""
 
+    stream_base: bool = False
+    """Read the weights of a base on the Hub by ranges, without storing them on this machine."""
+
     strict: bool = False
     """Treat warnings as errors."""
 
@@ -254,6 +260,9 @@ class InspectRequest:
 
     offline: bool = False
     """Use the local cache only. No network access."""
+
+    stream_base: bool = False
+    """Read the weights of a base on the Hub by ranges, without storing them on this machine."""
 
     report: str | None = None
     """Write the result as an HTML page. It includes errors, and needs no network to be shown."""

@@ -532,6 +532,14 @@ _EVERYWHERE: tuple[Option, ...] = (
         can_be_off=True,
         default=False,
     ),
+    Option(
+        "stream_base",
+        (*_MERGES, "verify", "inspect"),
+        kinds.SWITCH,
+        "Read the weights of a base on the Hub by ranges, without storing them on this machine.",
+        can_be_off=True,
+        default=False,
+    ),
     Option("strict", ("merge",), kinds.SWITCH, "Treat warnings as errors.", can_be_off=True, default=False),
     Option(
         "strict",

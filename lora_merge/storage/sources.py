@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
 from lora_merge.storage import input_files
+from lora_merge.storage.hub.hub_files import HUB_FILES
 from lora_merge.storage.local import LOCAL
 from lora_merge.storage.local_copies import WithCopies
 from lora_merge.storage.objects.scheme import OBJECTS
@@ -77,6 +78,7 @@ class Scheme(Protocol):
 SCHEMES: Mapping[str, Scheme] = {
     "": LOCAL,
     **dict.fromkeys(SHAPES, WithCopies(OBJECTS)),
+    "hf": WithCopies(HUB_FILES),
 }
 """Scheme (the text before ``://``) → storage; every other text is the path of a file of this machine."""
 

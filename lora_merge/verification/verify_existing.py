@@ -40,6 +40,7 @@ from lora_merge.storage.input_files import watching
 from lora_merge.storage.local import why_no_file
 from lora_merge.storage.shown import by_url, errors_by_url
 from lora_merge.storage.small_files import read_json
+from lora_merge.storage.source import is_hub_text
 from lora_merge.storage.sources import is_local
 from lora_merge.storage.user_paths import is_directory, user_path
 from lora_merge.verification.existing_output import Existing, find_output
@@ -92,6 +93,10 @@ def _check_level(request: VerifyRequest) -> None:
         "--engine": request.engine,
     }
     given = [option for option, value in compared.items() if value]
+    if request.stream_base and not request.base:
+        # Nothing is read from a hub because a manifest names it.
+        sentence = "needs --base, which names the repo on the Hub"
+        raise RequestError("", 0, "stream_base", sentence, hint="add --base ORG/NAME")
     if request.level == "structure" and given:
         sentence = f"is structure, which compares nothing, but {' and '.join(given)} asks for a comparison"
         raise RequestError("", 0, "level", sentence, hint=f"leave out --level structure, or {given[0]}")
@@ -173,7 +178,8 @@ class _Verification:
         """
         for place in (self.existing.label, plan.base):
             if not is_local(place):
-                sentence = f"runs models from local directories only, and {place} is in an object store"
+                where = "read from the Hub" if is_hub_text(place) else "in an object store"
+                sentence = f"runs models from local directories only, and {place} is {where}"
                 raise RequestError("", 0, "forward", sentence, hint="download it, and pass its folder")
         for name in self.output.broken:
             path = Path(self.output.root, name)
@@ -292,7 +298,7 @@ class _Verification:
             tuple(map(chosen_adapter, parsed["adapter"])),
             parsed.get("base"),
             parsed["ignore_file"],
-            Access(parsed.get("token"), offline),
+            Access(parsed.get("token"), offline, self.request.stream_base),
         )
         read = {name: parsed[name] for name in _READING if name in parsed}
         decided = {name: parsed[name] for name in _POLICY if name in parsed}

@@ -12,13 +12,14 @@ from lora_merge.errors import ResolveError
 from lora_merge.storage.hub.huggingface import open_hub
 from lora_merge.storage.hub.modelscope import open_modelscope
 from lora_merge.storage.hub.repo import Access, Repo
+from lora_merge.storage.hub.streamed import streamed
 from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from lora_merge.core.report import Observer
     from lora_merge.storage.source import Source
 
-__all__ = ["Access", "Repo", "open_repo"]
+__all__ = ["Access", "Repo", "open_repo", "streamed"]
 
 
 def open_repo(source: Source, access: Access, watch: Observer) -> Repo:

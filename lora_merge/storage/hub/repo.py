@@ -24,6 +24,9 @@ class Access:
 
     offline: bool = False
 
+    stream_base: bool = False
+    """Whether weights of a base on the Hugging Face Hub are read where they are, and not downloaded."""
+
 
 @dataclass(frozen=True, slots=True)
 class Repo:
