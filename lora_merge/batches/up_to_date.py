@@ -33,6 +33,7 @@ from lora_merge.storage.objects.urls import path_here
 from lora_merge.storage.output_files import has_header
 from lora_merge.storage.signs import changed_at, has_hole, modified_at, pages, sampled
 from lora_merge.storage.small_files import read_json, read_text
+from lora_merge.storage.source import is_hub_text
 from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
@@ -226,7 +227,8 @@ class _Looked:
         kept = {
             ref.file for file in self._planned.checkpoint.files if file.name in same for ref in file.tensors
         }
-        newer = {name for name in of_base - kept if self._is_newer(name)}
+        # Files at a commit never change, and another commit was found before.
+        newer = {name for name in of_base - kept if not is_hub_text(name) and self._is_newer(name)}
         steps = [step for step in self._plan.steps if newer & _sources(step)]
         then = self._manifest.tensors
         # Copies are compared by the digest of their source. Merged tensors have to be computed again.

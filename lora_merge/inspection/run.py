@@ -123,8 +123,7 @@ def _options(request: InspectRequest) -> str:
     given = [("--base", request.base), ("--base-is", request.base_is)]
     given += [("--expert-layout", layout) for layout in request.expert_layout]
     given += [("--ignore-file", name) for name in request.ignore_file]
-    switch = " --stream-base" if request.stream_base else ""
-    return "".join(f" {option} {quote(value)}" for option, value in given if value) + switch
+    return "".join(f" {option} {quote(value)}" for option, value in given if value)
 
 
 def _held_against_base(

@@ -29,7 +29,7 @@ from lora_merge.formats.repo_files import (
 from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 from lora_merge.formats.trainer_files import chosen, described, file_names, unread_files
 from lora_merge.planning.base_names import named_bases
-from lora_merge.storage.hub import Access, Repo, open_repo, streamed
+from lora_merge.storage.hub import Access, Repo, open_repo, open_streamed
 from lora_merge.storage.local_copies import LocalCopy
 from lora_merge.storage.objects.local_copies import local_copy
 from lora_merge.storage.objects.urls import StoreUrl, is_store_url, parse_store_url
@@ -224,13 +224,13 @@ def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Pla
         ResolveError: the repo or the store cannot be reached, or holds no model.
     """
     if access.stream_base:
-        _check_streamed(found, text)
-    if isinstance(found, Path):
+        opened: Repo | LocalCopy
+        repo: Repo | LocalCopy
+        opened, repo = open_streamed(_streamable(found, text), access, watch)
+    elif isinstance(found, Path):
         return Place(text, found)
-    opened = _opened(found, access, watch)
-    repo = opened
-    if access.stream_base and isinstance(opened, Repo):
-        repo = streamed(opened, access)
+    else:
+        opened = repo = _opened(found, access, watch)
     known = repo.names | repo.absent
     if isinstance(repo, LocalCopy):
         _refuse_pickled(str(found), known)
@@ -250,14 +250,14 @@ def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Pla
     return replace(place, repo=opened) if isinstance(opened, Repo) else place
 
 
-def _check_streamed(found: Found, text: str) -> None:
-    """Check that a base is on the Hugging Face Hub, where weights may be read without a download.
+def _streamable(found: Found, text: str) -> Source:
+    """Return the repo of a base whose weights are read where they are, without a download.
 
     Raises:
         ResolveError: it is elsewhere.
     """
     if isinstance(found, Source) and found.host == "hf":
-        return
+        return found
     if isinstance(found, StoreUrl):
         sentence = "is in an object store, where weights are read by ranges without --stream-base"
     elif isinstance(found, Source):

@@ -180,6 +180,12 @@ class WithCopies:
         return self._stored.version_at(text)
 
 
+def not_copied(text: str, exc: OSError) -> ResolveError:
+    """Return the error for a file that this machine does not take."""
+    sentence = f"{text}: cannot be copied to this machine ({exc.strerror or exc})"
+    return ResolveError(sentence, hint="check the disk of temporary files; TMPDIR names another one")
+
+
 def text_below(folder: str, name: str) -> str:
     """Return the URL of a file, by its name in a folder.
 

@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 
+QUICK = frozenset({"test_remote_file.py", "test_stream_base.py"})
+"""Files whose tests run in this process, and take no time."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Allow the tests of this folder to speak to a hub of their own."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.loopback)
-            item.add_marker(pytest.mark.system)
+            if item.path.name not in QUICK:
+                item.add_marker(pytest.mark.system)
 
 
 @pytest.fixture
@@ -35,6 +39,31 @@ def hub() -> Iterator[Hub]:
     yield state
     for event in state.stall.values():
         event.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def here(hub, tmp_path, monkeypatch) -> Hub:
+    """The same hub, asked by this process with an empty cache and without a token."""
+    from huggingface_hub import constants
+
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    return hub
+
+
+@pytest.fixture
+def network(here) -> Iterator[Hub]:
+    """The same hub, which redirects requests for weights to a storage network: another server."""
+    server = start(here, is_network=True)
+    yield here
     server.shutdown()
     server.server_close()
 

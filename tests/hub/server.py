@@ -55,6 +55,17 @@ class Hub:
     stalled: threading.Event = field(default_factory=threading.Event)
     failing: dict[str, int] = field(default_factory=dict)
     """File name → the status that is answered instead."""
+    busy: dict[str, int] = field(default_factory=dict)
+    """File name → how many requests for it are answered with status 503 first."""
+    rangeless: set[str] = field(default_factory=set)
+    """Names of files that are sent whole, whatever range is asked for."""
+    sent: dict[str, int] = field(default_factory=dict)
+    """File name → bytes of it that were sent in answers to requests of ranges."""
+    network: str = ""
+    """URL of the storage network that requests for weight files are redirected to; empty where there is none."""
+    network_headers: list[dict[str, str]] = field(default_factory=list)
+    signature: int = 1
+    """In the addresses of the network that are valid now."""
     url: str = ""
 
     def add(self, repo: str, root: Path, *, token: str = "", gated: bool = False, **revisions: Path) -> Repo:
@@ -85,7 +96,25 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def _from_network(self) -> None:
+        """Answer as the storage network: a signed address is valid for a time, and says which file."""
+        self.hub.network_headers.append({key.title(): value for key, value in self.headers.items()})
+        name, signature = (
+            unquote(urlsplit(self.path).path).removeprefix("/network/"),
+            urlsplit(self.path).query,
+        )
+        if signature != f"signature={self.hub.signature}":
+            self._json(403, {"error": "the signature has expired"})
+            return
+        repo, commit, file = name.split("@")
+        found = self.hub.repos[repo].find(commit)
+        assert found is not None
+        self._bytes(found[1] / file, {})
+
     def _answer(self) -> None:
+        if self.path.startswith("/network/"):
+            self._from_network()
+            return
         self.hub.requests.append((self.command, unquote(self.path)))
         self.hub.headers.append({key.title(): value for key, value in self.headers.items()})
         address = urlsplit(self.path)
@@ -148,7 +177,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             self._json(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
             return
-        self._bytes(path, {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": commit})
+        stated = {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": commit}
+        if self.hub.network and path.suffix == ".safetensors":
+            address = f"{self.hub.network}/network/{name}@{commit}@{file}?signature={self.hub.signature}"
+            linked = {"X-Linked-ETag": stated["ETag"], "X-Linked-Size": str(path.stat().st_size)}
+            self._json(302, {}, stated | linked | {"Location": address})
+            return
+        self._bytes(path, stated)
 
     def _modelscope(self, name: str, rest: str, query: dict[str, str]) -> None:
         repo = self.hub.repos.get(name)
@@ -173,13 +208,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(200, {"Code": 200, "Success": True, "Data": {"Name": name, "Path": name}})
 
     def _bytes(self, path: Path, headers: dict[str, str]) -> None:
-        """Send a file, or the rest of it; stop in the middle where the test wants that."""
-        if (status := self.hub.failing.get(path.name)) and self.command == "GET":
-            self._json(status, {"error": "on purpose"})
-            return
+        """Send a file, or a range of it."""
         data = path.read_bytes()
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if path.name in self.hub.rangeless:
+            wanted = None
         start = int(wanted[1]) if wanted else 0
+        if self._is_refused(path.name) or (wanted and self._is_beyond(start, len(data))):
+            return
         stop = min(int(wanted[2]) + 1, len(data)) if wanted and wanted[2] else len(data)
         self.send_response(206 if wanted else 200)
         for key, value in headers.items():
@@ -189,20 +225,42 @@ class _Handler(BaseHTTPRequestHandler):
         if wanted:
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
         self.end_headers()
+        if self.command != "HEAD":
+            if wanted:
+                self.hub.sent[path.name] = self.hub.sent.get(path.name, 0) + stop - start
+            self._body(path.name, data[start:stop])
+
+    def _is_refused(self, name: str) -> bool:
+        """Answer with an error where the test wants that."""
         if self.command == "HEAD":
-            return
-        part = data[start:stop]
+            return False
+        if status := self.hub.failing.get(name):
+            self._json(status, {"error": "on purpose"})
+        elif self.hub.busy.get(name, 0) > 0:
+            self.hub.busy[name] -= 1
+            self._json(503, {"error": "busy"})
+        else:
+            return False
+        return True
+
+    def _is_beyond(self, start: int, size: int) -> bool:
+        """Answer with an error where a range begins behind the end."""
+        if start >= size:
+            self._json(416, {"error": "range"}, {"Content-Range": f"bytes */{size}"})
+        return start >= size
+
+    def _body(self, name: str, part: bytes) -> None:
+        """Send some bytes; stop in the middle where the test wants that."""
         middle = len(part) // 2
-        if self.hub.cut.get(path.name, 0) > 0:
-            self.hub.cut[path.name] -= 1
-            self.wfile.write(part[:middle])
+        self.wfile.write(part[:middle])
+        if self.hub.cut.get(name, 0) > 0:
+            self.hub.cut[name] -= 1
             self.close_connection = True
             return
-        self.wfile.write(part[:middle])
-        if path.name in self.hub.stall:
+        if name in self.hub.stall:
             self.wfile.flush()
             self.hub.stalled.set()
-            self.hub.stall[path.name].wait(60)
+            self.hub.stall[name].wait(60)
         self.wfile.write(part[middle:])
 
     def _json(self, status: int, table: object, headers: dict[str, str] | None = None) -> None:
@@ -217,13 +275,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-def start(hub: Hub) -> ThreadingHTTPServer:
-    """Serve a hub on a free port of this machine; the caller shuts it down."""
+def start(hub: Hub, *, is_network: bool = False) -> ThreadingHTTPServer:
+    """Serve a hub, or its storage network, on a free port of this machine; the caller shuts it down."""
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    if is_network:
+        hub.network = url
+    else:
+        hub.url = url
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     return server
 
 

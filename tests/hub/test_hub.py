@@ -687,3 +687,18 @@ def test_a_dry_run_and_the_python_functions_take_repos(hub, command, environment
     assert dry.returncode == exits.OK, dry.stderr
     assert not (tmp_path / "dry").exists()
     assert python.stdout.strip().endswith("True"), python.stderr
+
+
+def test_processes_read_a_streamed_base_by_themselves_with_the_token_of_the_environment(
+    hub, command, base, pico, pico_adapter, tmp_path
+):
+    hub.add("org/private", base, token=TOKEN)
+    options = ("--base", "org/private", "--adapter", pico_adapter(pico()))
+    env = {"HF_TOKEN": TOKEN}
+    processes = ("--stream-base", "--executor", "processes", "--workers", "2")
+    streamed = command(*options, *processes, "--out", tmp_path / "one" / "out", env=env)
+    assert streamed.returncode == exits.OK, streamed.stderr
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    downloaded = command(*options, "--out", tmp_path / "two" / "out", env=env)
+    assert downloaded.returncode == exits.OK, downloaded.stderr
+    assert weights(tmp_path / "one" / "out") == weights(tmp_path / "two" / "out")

@@ -12,14 +12,15 @@ from lora_merge.errors import ResolveError
 from lora_merge.storage.hub.huggingface import open_hub
 from lora_merge.storage.hub.modelscope import open_modelscope
 from lora_merge.storage.hub.repo import Access, Repo
-from lora_merge.storage.hub.streamed import streamed
+from lora_merge.storage.hub.streamed import check_online, streamed
 from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from lora_merge.core.report import Observer
+    from lora_merge.storage.local_copies import LocalCopy
     from lora_merge.storage.source import Source
 
-__all__ = ["Access", "Repo", "open_repo", "streamed"]
+__all__ = ["Access", "Repo", "open_repo", "open_streamed"]
 
 
 def open_repo(source: Source, access: Access, watch: Observer) -> Repo:
@@ -34,7 +35,32 @@ def open_repo(source: Source, access: Access, watch: Observer) -> Repo:
         ResolveError: there is no such repo, revision or folder, or it cannot be reached.
     """
     opener = open_modelscope if source.host == "ms" else open_hub
-    repo = opener(source, access, watch)
+    return _with_folder(opener(source, access, watch))
+
+
+def open_streamed(source: Source, access: Access, watch: Observer) -> tuple[Repo, LocalCopy]:
+    """Return a folder of a repo of the Hugging Face Hub whose weights are read where they are, and its local copy.
+
+    Args:
+        source: the repo, its folder and its revision.
+        access: the token.
+        watch: hears of downloads of small files.
+
+    Raises:
+        ResolveError: there is no such repo, revision or folder, or offline mode is on.
+    """
+    check_online(source, access)
+    repo = _with_folder(open_hub(source, access, watch))
+    return repo, streamed(repo, access)
+
+
+def _with_folder(repo: Repo) -> Repo:
+    """Check that a repo has the folder that its source names, and return it.
+
+    Raises:
+        ResolveError: it has not.
+    """
+    source = repo.origin.source
     if source.folder and not repo.names:
         holders = sorted(repo.folders_with(ADAPTER_CONFIG))
         hint = (

@@ -84,13 +84,13 @@ class RemoteFile:
         """
         from huggingface_hub import errors, get_hf_file_metadata
 
-        with self._said():
-            try:
-                found = get_hf_file_metadata(
-                    self._url(), token=self._token, library_name="lora-merge", retry_on_errors=True
-                )
-            except errors.EntryNotFoundError:
-                raise FileNotFoundError(2, "No such file at this commit", self._text) from None
+        found = None
+        with self._said(), contextlib.suppress(errors.EntryNotFoundError):
+            found = get_hf_file_metadata(
+                self._url(), token=self._token, library_name="lora-merge", retry_on_errors=True
+            )
+        if found is None:
+            raise FileNotFoundError(2, "No such file at this commit", self._text)
         if found.size is None:
             raise CheckpointError(
                 self._text, "", "the Hub does not say how many bytes it has", hint="leave out --stream-base"

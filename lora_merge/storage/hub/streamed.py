@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from posixpath import normpath
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from lora_merge.errors import ResolveError
 from lora_merge.storage.at_once import of_each
 from lora_merge.storage.hub.hub_files import HUB_FILES
 from lora_merge.storage.hub.remote_file import use_token
-from lora_merge.storage.local_copies import LocalCopy, enlist, text_below
+from lora_merge.storage.local_copies import LocalCopy, enlist, not_copied, text_below
 from lora_merge.storage.objects.store import Entry
 from lora_merge.storage.source import HubFile
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.identity import FileIdentity
     from lora_merge.storage.hub.repo import Access, Repo
+    from lora_merge.storage.source import Source
 
 
 class _RepoFolder:
@@ -39,26 +41,41 @@ class _RepoFolder:
         return {name.removeprefix(start): Entry(0, "") for name in self._repo.beside(folder)}
 
     def bring(self, names: Sequence[str], root: Path, entries: Mapping[str, Entry]) -> list[FileIdentity]:  # noqa: ARG002 - the cache knows sizes
-        """Download files into the Hub's cache, and link to them; return the version of each.
+        """Download files into the Hub's cache, and copy them from there; return the version of each.
 
         Raises:
-            ResolveError: one cannot be downloaded.
+            ResolveError: one cannot be downloaded, or the disk is full.
         """
         cached = self._repo.fetch(names)
         for name in names:
             path = Path(normpath(root / name))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            # The cache has links itself, to files that are named by their content.
-            path.symlink_to((cached / name).resolve())
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # The cache has links, and a link that leads out of a model's folder is not followed.
+                shutil.copyfile(cached / name, path)
+            except OSError as exc:
+                raise not_copied(text_below(self.text, name), exc) from exc
         try:
             return of_each(HUB_FILES.version_at, [text_below(self.text, name) for name in names])
         except OSError as exc:
             raise ResolveError(str(exc.strerror)) from None
 
 
+def check_online(source: Source, access: Access) -> None:
+    """Check that the Hub may be asked for a base whose weights are read there.
+
+    Raises:
+        ResolveError: offline mode is on.
+    """
+    from huggingface_hub import constants
+
+    if access.offline or constants.HF_HUB_OFFLINE:
+        sentence = f"{source}: offline mode is on, and --stream-base reads the base from the Hub"
+        raise ResolveError(sentence, hint="leave out --stream-base, or --offline and HF_HUB_OFFLINE")
+
+
 def streamed(repo: Repo, access: Access) -> LocalCopy:
-    """Return the local copy of a repo's folder. Its small files are fetched into it, and all others are read by ranges.
+    """Return the local copy of a repo's folder: small files are fetched into it, and all others are read by ranges.
 
     Args:
         repo: the folder.

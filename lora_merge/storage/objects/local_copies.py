@@ -8,7 +8,7 @@ from posixpath import normpath
 from typing import TYPE_CHECKING
 
 from lora_merge.errors import ResolveError
-from lora_merge.storage.local_copies import LocalCopy, enlist, named, text_below
+from lora_merge.storage.local_copies import LocalCopy, enlist, named, not_copied, text_below
 from lora_merge.storage.objects.urls import StoreUrl, parse_store_url
 from lora_merge.storage.paths import weight_hint
 from lora_merge.storage.reading import read_blocks
@@ -78,12 +78,7 @@ class _StoreFolder:
                     file.write(block)
                 return source.version
         except OSError as exc:
-            sentence = (
-                f"{text_below(self.text, name)}: cannot be copied to this machine ({exc.strerror or exc})"
-            )
-            raise ResolveError(
-                sentence, hint="check the disk of temporary files; TMPDIR names another one"
-            ) from exc
+            raise not_copied(text_below(self.text, name), exc) from exc
 
     def _stored(self, name: str, entry: Entry) -> contextlib.AbstractContextManager[Source]:
         """Open a file in the store, beside the prefix or below it."""
