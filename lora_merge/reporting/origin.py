@@ -18,6 +18,7 @@ from lora_merge.merging.headline import architecture, parameters_text
 from lora_merge.reporting.names import dtype, methods_text
 from lora_merge.storage.objects.urls import is_store_url
 from lora_merge.storage.small_files import read_json
+from lora_merge.storage.source import is_hub_text
 from lora_merge.storage.user_paths import file_in, user_path
 from lora_merge.words import cut, size_text
 
@@ -117,7 +118,9 @@ def origin_of(out: str, base: str) -> Origin:
     named = manifest.base.path if manifest and not manifest.base.hub else ""
     # A stranger may have written the manifest, so no store that it names is asked.
     known = base or ("" if is_store_url(named) else named)
-    return Origin(_read(out, CONFIG_FILE), _read(known, CONFIG_FILE), manifest, table)
+    # Only a base that this run has read itself is asked for at a hub: `_read` does not.
+    config = _json(f"{base}/{CONFIG_FILE}") if is_hub_text(base) else _read(known, CONFIG_FILE)
+    return Origin(_read(out, CONFIG_FILE), config, manifest, table)
 
 
 def adapter_files(path: str) -> list[str]:
@@ -140,10 +143,16 @@ def _manifest(table: Mapping[str, Any]) -> Manifest | None:
 
 def _read(folder: str, name: str) -> Mapping[str, Any]:
     """Return a JSON file of a directory; empty where it is not there, or is not such a file."""
-    if not folder:
-        return {}
     try:
-        return read_json(file_in(folder, name))
+        return _json(file_in(folder, name)) if folder else {}
+    except LoraMergeError:
+        return {}
+
+
+def _json(file: str) -> Mapping[str, Any]:
+    """Return a JSON file; empty where it is not there, or is not such a file."""
+    try:
+        return read_json(file)
     except (LoraMergeError, OSError, ValueError, RecursionError):
         return {}
 

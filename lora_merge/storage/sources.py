@@ -72,6 +72,7 @@ class Scheme(Protocol):
 
         Raises:
             OSError: it does not exist, or cannot be looked at.
+            CheckpointError: it cannot be looked at, where the storage has more to say.
         """
 
 

@@ -138,6 +138,21 @@ def test_a_body_that_breaks_off_is_asked_for_again(options, cli, network, base, 
     assert set(network.cut.values()) == set(network.busy.values()) == {0}
 
 
+def test_a_run_that_the_hub_ended_is_resumed(
+    options, base, cli, network, before_writing, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(remote_file, "WAITS", ())
+    last = max(path.name for path in base.glob("*.safetensors"))
+    ok(cli(*options, "--out", tmp_path / "one" / "out"))
+    statuses = [500]
+    before_writing(lambda: network.failing.update({last: statuses.pop()} if statuses else {}))
+    said = refused(cli(*options, "--out", tmp_path / "two" / "out"))
+    assert f"{last}: 127.0.0.1 answered with status 500" in " ".join(said.split())
+    network.failing.clear()
+    ok(cli(*options, "--out", tmp_path / "two" / "out", "--resume"))
+    assert files_of(tmp_path / "one" / "out") == files_of(tmp_path / "two" / "out")
+
+
 @pytest.fixture
 def before_writing(monkeypatch):
     """Return a function that has something done between planning and the first byte of the output."""
@@ -186,12 +201,16 @@ def test_a_file_that_changes_meanwhile_is_refused_and_nothing_is_made(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_in_a_store_and_a_batch_are_made_of_a_streamed_base(
+@pytest.mark.system
+def test_an_output_in_a_store_in_parts_and_of_a_batch_is_made_of_a_streamed_base(
     options, adapter, cli, cached, tmp_path
 ):
     pytest.importorskip("obstore")
     ok(cli(*options, "--out", tmp_path / "here" / "out"))
     ok(cli(*options, "--out", f"file://{tmp_path}/store/out"))
+    for how in (("--part", "1/2"), ("--part", "2/2"), ("--seal",)):
+        ok(cli(*options, *how, "--out", f"file://{tmp_path}/parts/out"))
+    assert weights(tmp_path / "here" / "out") == weights(tmp_path / "parts" / "out")
     jobs = tmp_path / "jobs.yaml"
     job = {
         "base": "org/base",
@@ -212,12 +231,30 @@ def test_an_output_in_a_store_and_a_batch_are_made_of_a_streamed_base(
 
 
 def test_verify_and_inspect_read_the_base_where_it_is(options, adapter, cli, cached, tmp_path):
-    ok(cli(*options, "--out", tmp_path / "out"))
+    ok(cli(*options, "--out", tmp_path / "out", "--report", tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    assert "org/base" in page
+    assert "lora-merge-copy" not in page
     proved = ok(cli("verify", tmp_path / "out", *options))
     assert "recompute" in proved.stdout
     shown = ok(cli("inspect", adapter, "--base", "org/base", "--stream-base"))
     assert "hf://" not in shown.stderr
     assert cached() == []
+
+
+def test_a_base_that_only_files_of_others_name_is_not_asked_for(
+    options, adapter, copied, cli, base, network, tmp_path
+):
+    ok(cli(*options, "--out", tmp_path / "out"))
+    commit = network.repos["org/base"].commits["main"]
+    edit_json(tmp_path / "out" / "merge_manifest.json", base={"path": f"hf://org/base@{commit}"})
+    own = copied(adapter, "own")
+    edit_json(own / "adapter_config.json", base_model_name_or_path=f"hf://org/base@{commit}", revision=None)
+    network.requests.clear()
+    cli("verify", tmp_path / "out", "--report", tmp_path / "page.html")
+    cli("inspect", own)
+    cli("convert", own, "--for", "vllm", "--out", tmp_path / "converted")
+    assert network.requests == []
 
 
 def test_a_private_base_is_streamed_with_its_token_and_nothing_keeps_it(

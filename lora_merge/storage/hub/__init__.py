@@ -1,6 +1,7 @@
 """Repos of the Hugging Face Hub and of ModelScope → local directories. The only place that uses a network.
 
-Files are in the hub's own cache; its own package downloads, retries and resumes. Only what is asked for is fetched.
+Files are in the hub's own cache; its own package downloads, retries and resumes. Only what is asked for is fetched. Weights
+of a base may stay where they are: then they are read by ranges, at one commit (`remote_file`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import contextlib
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_merge.errors import CheckpointError, ResolveError
+from lora_merge.errors import CheckpointError
 from lora_merge.storage import input_files
 from lora_merge.storage.hub.remote_file import remote_file
 from lora_merge.storage.ranged import RangedSource
@@ -47,12 +47,10 @@ class HubFiles:
         """Return which version of a file has a name now.
 
         Raises:
-            OSError: it does not exist, or the Hub cannot be asked.
+            FileNotFoundError: it does not exist.
+            CheckpointError: the Hub cannot be asked, or refuses.
         """
-        try:
-            return _found(text).version()
-        except ResolveError as exc:
-            raise OSError(5, str(exc), text) from None
+        return _found(text).version()
 
 
 def _found(text: str) -> RemoteFile:

@@ -37,7 +37,7 @@ _FOR_A_WHILE = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 
-_AGAIN = "try again later; a run that was interrupted goes on with --resume"
+_AGAIN = "try again later; --resume continues a run that has begun"
 
 _TOKENS: dict[str, str | None] = {}
 """Repo → the token that this process was given for it. Texts and plans hold none, so workers in other processes use HF_TOKEN."""

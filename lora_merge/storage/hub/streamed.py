@@ -8,6 +8,7 @@ from posixpath import normpath
 from typing import TYPE_CHECKING
 
 from lora_merge.errors import ResolveError
+from lora_merge.storage import input_files
 from lora_merge.storage.at_once import of_each
 from lora_merge.storage.hub.hub_files import HUB_FILES
 from lora_merge.storage.hub.remote_file import use_token
@@ -45,6 +46,7 @@ class _RepoFolder:
 
         Raises:
             ResolveError: one cannot be downloaded, or the disk is full.
+            ChangedError: one has disappeared meanwhile.
         """
         cached = self._repo.fetch(names)
         for name in names:
@@ -57,8 +59,8 @@ class _RepoFolder:
                 raise not_copied(text_below(self.text, name), exc) from exc
         try:
             return of_each(HUB_FILES.version_at, [text_below(self.text, name) for name in names])
-        except OSError as exc:
-            raise ResolveError(str(exc.strerror)) from None
+        except FileNotFoundError as exc:
+            raise input_files.changed(str(exc.filename), "disappeared while it was read") from None
 
 
 def check_online(source: Source, access: Access) -> None:
