@@ -59,6 +59,8 @@ class Hub:
     """File name → how many requests for it are answered with status 503 first."""
     rangeless: set[str] = field(default_factory=set)
     """Names of files that are sent whole, whatever range is asked for."""
+    short: set[str] = field(default_factory=set)
+    """Names of files of whose ranges only the first half is sent, as a whole answer."""
     sent: dict[str, int] = field(default_factory=dict)
     """File name → bytes of it that were sent in answers to requests of ranges."""
     network: str = ""
@@ -217,6 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self._is_refused(path.name) or (wanted and self._is_beyond(start, len(data))):
             return
         stop = min(int(wanted[2]) + 1, len(data)) if wanted and wanted[2] else len(data)
+        if wanted and path.name in self.hub.short:
+            stop = start + (stop - start) // 2
         self.send_response(206 if wanted else 200)
         for key, value in headers.items():
             self.send_header(key, value)

@@ -67,6 +67,13 @@ def test_an_answer_that_never_comes_whole_is_named(remote, here):
         remote.fetch(version, 0, 500)
 
 
+def test_an_answer_with_fewer_bytes_than_were_asked_for_is_not_filled_up(remote, here):
+    version = remote.version()
+    here.short.add(NAME)
+    with pytest.raises(CheckpointError, match="the answer has 250 bytes, expected 500, after 2 retries"):
+        remote.fetch(version, 0, 500)
+
+
 @pytest.mark.parametrize("content", [CONTENT[:100], CONTENT + b"more"], ids=["shorter", "longer"])
 def test_a_file_of_another_size_has_changed(content, remote, root):
     version = remote.version()
