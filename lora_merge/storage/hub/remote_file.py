@@ -7,6 +7,7 @@ valid for about an hour. The token is sent to the Hub's own host only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import threading
 import time
@@ -90,7 +91,7 @@ class RemoteFile:
                 self._url(), token=self._token, library_name="lora-merge", retry_on_errors=True
             )
         if found is None:
-            raise FileNotFoundError(2, "No such file at this commit", self._text)
+            raise FileNotFoundError(errno.ENOENT, "No such file at this commit", self._text)
         if found.size is None:
             raise CheckpointError(
                 self._text, "", "the Hub does not say how many bytes it has", hint="leave out --stream-base"
