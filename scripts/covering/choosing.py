@@ -11,13 +11,17 @@ if TYPE_CHECKING:
     from covering.records import Test
 
 
-def left_out(tests: Collection[Test], seconds: float) -> set[str]:
+def left_out(tests: Collection[Test], seconds: float, always: Collection[str] = ()) -> set[str]:
     """Return the names of rows that can be left out: the others run all that these run.
 
-    Kept are tests that are not rows, rows that take less time than ``seconds``, rows that start processes, and at least one
-    row of every table. Of the rest, those are kept that bring the most for their time.
+    Kept are tests that are not rows, rows that take less time than ``seconds``, rows that start processes, those named in
+    ``always``, and at least one row of every table. Of the rest, those are kept that bring the most for their time.
     """
-    kept = [test for test in tests if not test.is_row or test.seconds < seconds or not test.is_whole]
+    kept = [
+        test
+        for test in tests
+        if not test.is_row or test.seconds < seconds or not test.is_whole or test.name in always
+    ]
     names = {test.name for test in kept}
     candidates = {test.name: test for test in tests if test.name not in names}
     covered = {arc for test in kept for arc in test.arcs}

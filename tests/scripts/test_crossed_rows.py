@@ -22,6 +22,12 @@ def test_the_row_that_brings_the_most_for_its_time_is_kept():
     assert choosing.left_out([slow, quick], 0.1) == {"t[slow]"}
 
 
+def test_rows_of_make_quick_stay():
+    tests = rows(("t[a]", {1}), ("t[b]", {1}))
+    assert choosing.left_out(tests, 0.1, ["t[b]"]) == {"t[a]"}
+    assert choosing.left_out(tests, 0.1, ["t[a]"]) == {"t[b]"}
+
+
 def test_every_table_keeps_a_row():
     assert left_out(("t[a]", {1}), ("other[a]", {1}), ("other[b]", {1})) in ({"other[a]"}, {"other[b]"})
 
