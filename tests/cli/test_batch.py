@@ -1023,6 +1023,7 @@ def ended_by_sigterm(root, n_outputs, *options):
     return process.returncode, stdout, stderr
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("seconds", [0, 0.1, 0.2, 0.4, 0.8])
 def test_ctrl_c_of_a_terminal_strikes_processes_that_have_hardly_begun_and_none_prints_a_traceback(
     seconds, three, bases, tmp_path
@@ -1043,6 +1044,7 @@ def test_ctrl_c_of_a_terminal_strikes_processes_that_have_hardly_begun_and_none_
     assert process.returncode == exits.INTERRUPTED, stderr
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_after_sigterm_the_report_says_what_was_done_and_a_second_run_does_the_rest(
     n_jobs, three, bases, batch, tmp_path

@@ -16,6 +16,8 @@ import pytest
 from lora_merge import __version__
 from lora_merge.cli import exits
 
+pytestmark = pytest.mark.system
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = "hf-lora-merge"
 

@@ -722,8 +722,12 @@ def test_the_python_api_takes_one_adapter_or_several(two, tmp_path):
     assert plan.adapters == (str(one), str(other))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("delay", [0, 0.01, 0.1, 0.3], ids=lambda delay: f"after {delay} s")
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.system)])
+@pytest.mark.parametrize(
+    "delay",
+    [pytest.param(delay, marks=[pytest.mark.system] * (delay != 0.1)) for delay in (0, 0.01, 0.1, 0.3)],
+    ids=lambda delay: f"after {delay} s",
+)
 def test_an_interrupt_says_so_and_what_is_written_can_be_resumed(signum, delay, pico, pico_adapter, tmp_path):
     out = tmp_path / "out"
     arguments = ["--base", str(pico()), "--adapter", str(pico_adapter(pico())), "--out", str(out)]
@@ -787,6 +791,7 @@ def test_while_torch_is_imported_the_main_thread_imports_nothing(when, options, 
     assert "imported beside torch" not in run.stderr
 
 
+@pytest.mark.system
 def test_a_killed_run_leaves_no_output_and_the_next_run_succeeds(pico, pico_adapter, tmp_path):
     """SIGKILL at moments spread over the whole run: before staging, while merging, around the rename."""
     arguments = ["--base", str(pico()), "--adapter", str(pico_adapter(pico())), "--out"]

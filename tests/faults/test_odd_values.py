@@ -11,7 +11,7 @@ from lora_merge.errors import LoraMergeError
 from tests.faults.odd_values import KINDS
 
 EVERY = os.environ.get("LORA_MERGE_VALUES") == "all"
-N_SHORT = 400
+N_SHORT = 200
 
 
 @pytest.mark.parametrize("kind", KINDS)

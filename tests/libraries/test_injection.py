@@ -380,6 +380,7 @@ def test_every_mergeable_type_is_tried():
     assert {kind for kind, _, _ in CASES.values()} == tuners - ingredients._UNMERGEABLE.keys()
 
 
+@pytest.mark.crossed
 def test_only_the_bias_types_change_a_bias():
     changed = defaultdict(set)
     for case, (kind, _, _) in CASES.items():

@@ -100,10 +100,10 @@ def test_issues_have_one_order_in_every_process(workshop):
             text=True,
             check=True,
         ).stdout
-        for seed in ("0", "1", "2")
+        for seed in ("0", "1")
     ]
     assert said[0].count("grows from") == 2
-    assert said[1:] == said[:1] * 2
+    assert said[0] == said[1]
 
 
 def test_neither_a_join_nor_what_is_in_it_can_be_set(pico, pico_adapter):

@@ -137,7 +137,7 @@ def carried_out(requests, workers=1):
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: "-".join(filter(None, base)))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.data())
 def test_any_outputs_in_any_order_are_those_of_merges_of_their_own(base, separate, data):
     request, files = separate
@@ -166,7 +166,7 @@ def test_every_kind_of_adapter_is_made_beside_every_other(base, separate, tmp_pa
         assert content(tmp_path / f"out-{n}") == files(base, n), CATALOGUE["llama"][n]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(layers, st.permutations(range(6)), st.sampled_from([1, 2]), st.sampled_from([None, "2KB"]))
 def test_tensors_of_many_tiles_are_those_of_merges_of_their_own(drawn, order, workers, max_shard_size):
     """Random bases whose tensors have up to three tiles, adapters alone and together, and a change of dtype."""

@@ -398,6 +398,7 @@ def test_a_missing_peer_is_refused_with_the_command_that_installs_it(bench, tmp_
     assert "mergekit is not installed: python scripts/bench.py install-peer mergekit" in run.output
 
 
+@pytest.mark.system
 @pytest.mark.slow
 def test_a_tiny_merge_is_measured_and_put_into_the_page(bench, tmp_path):
     cache, file, page = tmp_path / "cache", tmp_path / "results.json", tmp_path / "page.md"
