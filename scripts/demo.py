@@ -202,7 +202,7 @@ def train(model: Any, batch: dict[str, torch.Tensor], *, n_steps: int, learning_
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps)
     began, losses = time.perf_counter(), []
-    for _ in range(n_steps):
+    for step in range(1, n_steps + 1):
         loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()
@@ -210,6 +210,8 @@ def train(model: Any, batch: dict[str, torch.Tensor], *, n_steps: int, learning_
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
+        if step % 20 == 0 and step < n_steps:
+            print(f"     step {step} of {n_steps}, loss {losses[-1]:.2f}", flush=True)
     n_trained = sum(parameter.numel() for parameter in parameters)
     print(
         f"     {n_trained:,} parameters, {n_steps} steps, loss {losses[0]:.2f} → {losses[-1]:.4f},"
