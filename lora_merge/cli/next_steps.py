@@ -166,7 +166,9 @@ def after_merge(out: str, *, is_verified: bool) -> None:
         say_next("verify it", command("lora-merge", "verify", out))
     if private := _private(out):
         line = command("chmod", "-R", "a+rX", private)
-        say_next("only you can read the output, as an input or the umask says; to open it to all", line)
+        say_next(
+            "only you can read the output, as an input or the umask says, so open it if others serve it", line
+        )
     if found := serving(out):
         say_next(*found)
 

@@ -67,11 +67,11 @@ def in_memory(tmp_path, monkeypatch):
 MAKERS = {"": in_local, "mem": in_memory}
 """How a test puts a file into each storage."""
 
-OF_STORES = {"s3", "gs", "az", "file"}
-"""They read one version only, and need a server: ``tests/stores`` holds them to the same."""
+OF_SERVERS = {"s3", "gs", "az", "file", "hf"}
+"""They read one version only, and need a server: ``tests/stores`` and ``tests/hub`` hold them to the same."""
 
 
-@pytest.fixture(params=sorted({*SCHEMES, "mem"} - OF_STORES), ids=lambda name: name or "local")
+@pytest.fixture(params=sorted({*SCHEMES, "mem"} - OF_SERVERS), ids=lambda name: name or "local")
 def kept(request, tmp_path, monkeypatch):
     """A file of `DATA` in each storage."""
     made = MAKERS[request.param](tmp_path, monkeypatch)

@@ -117,7 +117,7 @@ def test_a_file_of_another_size_than_announced_is_refused(store, announced, writ
 def test_an_aborted_upload_leaves_no_parts_in_the_bucket(moto, s3_url):
     with pytest.raises(ZeroDivisionError):
         break_off(store_at(s3_url), 60 * MIB, 40 * MIB)
-    assert "Uploads" not in moto.list_multipart_uploads(Bucket=s3_url.bucket)
+    assert "Uploads" not in moto.list_multipart_uploads(Bucket=s3_url.bucket, Prefix=s3_url.prefix)
 
 
 def test_a_source_is_read_by_ranges(url, store):
