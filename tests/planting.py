@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import random
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -119,17 +120,18 @@ def in_merge(fault: str, place: Place, tensor: str) -> Iterator[None]:
 def one_unit_off(place: Place, tensor: str) -> Iterator[None]:
     """Have the merge write one element that is the next number up."""
     real, encode = merging.change, workbench.Frame.encode
-    here: list[int] = []
+    here = threading.local()  # each worker has a tile of its own
 
     def watched(values: Any, start: int, end: int, op: Merge, changers: Any) -> None:
         real(values, start, end, op, changers)
-        here[:] = [place.row - start] if op.source.name == tensor and start <= place.row < end else []
+        is_here = op.source.name == tensor and start <= place.row < end
+        here.rows = [place.row - start] if is_here else []
 
     def spoiled(self: Any, *codec: Any) -> None:
         import torch
 
         encode(self, *codec)
-        for row in here:
+        for row in getattr(here, "rows", ()):
             rounded = self.rounded[WEIGHT]
             bits = rounded.view(torch.int32 if rounded.itemsize == 4 else torch.int16)
             bits[row, place.column] += 1
