@@ -17,6 +17,7 @@ from lora_merge.errors import VerifyError, WriteError
 from lora_merge.merging import staged
 from lora_merge.storage import store_staging
 from lora_merge.storage.objects import StoreUrl, store_at
+from lora_merge.storage.replaceable import SUFFIX
 from lora_merge.storage.store_output import StoreDestination
 from lora_merge.storage.store_staging import Run, StoreFiles, StoreStaging, beside
 from tests.storages.reference import FIXTURES, adapted, by_library, everywhere, model_of
@@ -443,3 +444,12 @@ def test_trying_to_write_leaves_the_empty_folders_above_an_output(tmp_path):
     StoreDestination.check_writable(f"file://{above}/out")
     assert above.stat().st_ino == before
     assert list(above.iterdir()) == []
+
+
+def test_what_a_killed_write_left_in_staging_goes_with_it(dense, tmp_path):
+    out = StoreUrl("file", "", str(tmp_path / "out").lstrip("/"))
+    staging = tmp_path / ("out" + SUFFIX)
+    staging.mkdir()
+    (staging / "run.json#1").write_text("half")  # as obstore names a file until it is whole
+    merged(dense(), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
