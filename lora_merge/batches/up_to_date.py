@@ -31,7 +31,7 @@ from lora_merge.runtime import machine
 from lora_merge.storage.digests import file_digest, text_digest
 from lora_merge.storage.objects.urls import path_here
 from lora_merge.storage.output_files import has_header
-from lora_merge.storage.signs import changed_at, has_hole, modified_at, pages, sampled
+from lora_merge.storage.signs import changed_at, has_hole, modified_at, newer_here, pages, sampled
 from lora_merge.storage.small_files import read_json, read_text
 from lora_merge.storage.source import is_hub_text
 from lora_merge.storage.sources import open_source
@@ -328,9 +328,8 @@ def _conversion_faults(conversion: Conversion, manifest: Mapping[str, Any]) -> I
     made = modified_at(conversion.out / CONVERSION_MANIFEST)
     of_base = {ref.file for ref in conversion.base.tensors()} if conversion.base is not None else set()
     # Versions of what is in a store were compared above.
-    for name in sorted(name for name in of_base if path_here(name) is not None):
-        if modified_at(path_here(name) or name) > made:
-            yield f"the base has changed: {name} is newer than the output"
+    for name in newer_here(of_base, made):
+        yield f"the base has changed: {name} is newer than the output"
 
 
 def _table(path: Path) -> dict[str, Any] | None:

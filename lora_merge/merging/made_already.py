@@ -16,8 +16,7 @@ from lora_merge.formats.stored_versions import versions_of
 from lora_merge.merging.hf_checkpoint import side_digest
 from lora_merge.requests.recording import record_of
 from lora_merge.storage.digests import is_of_file, text_digest
-from lora_merge.storage.objects.urls import path_here
-from lora_merge.storage.signs import modified_at
+from lora_merge.storage.signs import newer_here
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -30,6 +29,15 @@ if TYPE_CHECKING:
     from lora_merge.storage.source import Origin
 
 
+def finds_whole(wish: Wish, storage: Storage) -> bool:
+    """Return True when a run that may continue another one finds a complete output.
+
+    Raises:
+        LoraMergeError: the storage cannot be asked.
+    """
+    return wish.resume and not wish.overwrite and storage.is_complete(wish)
+
+
 def is_made_already(planned: Planned, wish: Wish, storage: Storage) -> bool:
     """Return True when a run that may continue another one finds the whole output, made from the same.
 
@@ -37,7 +45,7 @@ def is_made_already(planned: Planned, wish: Wish, storage: Storage) -> bool:
         WriteError: the output is complete, and made from something else.
         LoraMergeError: the storage cannot be asked.
     """
-    if not wish.resume or wish.overwrite or not storage.is_complete(wish):
+    if not finds_whole(wish, storage):
         return False
     fault = other_than(planned, storage.published(wish))
     if fault:
@@ -148,10 +156,8 @@ def _other_base(planned: Planned, manifest: Manifest, made: int) -> Iterator[str
     # Of a repo the commit says it.
     if now or planned.base.origin is not None:
         return
-    for file in sorted({ref.file for step in planned.plan.steps for ref in step.reads.values()}):
-        here = path_here(file)
-        if here is not None and modified_at(here) > made:
-            yield f"{file}, of the base, is newer than the output"
+    for file in newer_here((ref.file for step in planned.plan.steps for ref in step.reads.values()), made):
+        yield f"{file}, of the base, is newer than the output"
     for ref, digest in _smallest_copies(planned.plan, manifest):
         if tensor_digest(ref) != digest:
             yield f"the base has changed: {ref.name} in {ref.file} differs from what was merged"

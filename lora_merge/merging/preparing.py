@@ -15,7 +15,7 @@ from lora_merge.merging.budget import Budget, allot
 from lora_merge.merging.by_file import file_pieces, under_way_bytes
 from lora_merge.merging.estimate import estimate
 from lora_merge.merging.headline import forewarn, merge_headline
-from lora_merge.merging.made_already import is_made_already
+from lora_merge.merging.made_already import finds_whole, is_made_already
 from lora_merge.merging.made_from import told_of
 from lora_merge.merging.parts import Part, part_of
 from lora_merge.merging.worker import NoDeviceError, pick_device
@@ -228,7 +228,7 @@ def _check_place(request: Request, out: str, storage: Storage) -> None:
     """
     wish = _wish(request, out)
     # Of a complete output nothing is written, so no right is needed.
-    if wish.resume and not wish.overwrite and storage.is_complete(wish):
+    if finds_whole(wish, storage):
         return
     # A name that is taken is left alone. The check that knows the inputs says more about it.
     try:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from lora_merge.errors import CheckpointError
 from lora_merge.storage.digests import digest_text, new_digest
+from lora_merge.storage.objects.urls import path_here
 from lora_merge.storage.reading import read_into
 from lora_merge.storage.sources import open_source, version_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from lora_merge.core.identity import FileIdentity
     from lora_merge.core.tensor import TensorRef
@@ -50,6 +51,20 @@ def modified_at(path: str | Path) -> int:
     """
     version = _version(path)
     return time.time_ns() if version.tag else version.modified
+
+
+def newer_here(texts: Iterable[str], than: int) -> list[str]:
+    """Return the files of this machine that were modified after a time, sorted; those in stores are left out.
+
+    Args:
+        texts: paths and URLs of files.
+        than: the time, in nanoseconds since 1970.
+
+    Raises:
+        CheckpointError: one does not exist.
+    """
+    places = ((text, path_here(text)) for text in sorted(set(texts)))
+    return [text for text, here in places if here is not None and modified_at(here) > than]
 
 
 def _version(path: str | Path) -> FileIdentity:
