@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
@@ -22,7 +21,7 @@ from lora_merge.storage.at_once import of_each
 from lora_merge.storage.journal import record_of
 from lora_merge.storage.objects import store_at
 from lora_merge.storage.objects.store import AlreadyThereError, Receipt
-from lora_merge.storage.objects.urls import StoreUrl, path_here
+from lora_merge.storage.objects.urls import StoreUrl
 from lora_merge.storage.replaceable import SUFFIX
 from lora_merge.words import duration_text
 
@@ -313,10 +312,7 @@ class StoreStaging:
         # Without the mark, a configuration beside a lock would be taken for that of an older output.
         for some in (names - {RUN, SEALED}, names & {RUN}, names & {SEALED}):
             self._store.delete(sorted(some))
-        # A process that is killed while it writes leaves a file on a disk that obstore does not list.
-        here = path_here(str(self._url))
-        if here is not None:
-            shutil.rmtree(here, ignore_errors=True)
+        self._store.remove_folder()
 
 
 def _finished(name: str, content: bytes, merge: str) -> Finished | None:

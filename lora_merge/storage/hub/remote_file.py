@@ -15,16 +15,17 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from lora_merge.core.identity import FileIdentity
 from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.storage import input_files
 from lora_merge.storage.hub.hub_errors import hub_errors
 from lora_merge.storage.hub.repo import Access
+from lora_merge.storage.objects.store import Entry
 from lora_merge.storage.source import Source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lora_merge.core.identity import FileIdentity
     from lora_merge.storage.source import HubFile
 
 WAITS = (0.5, 1, 2, 4, 8, 16, 16, 16)
@@ -98,7 +99,7 @@ class RemoteFile:
             )
         with self._lock:
             self._address = found.location
-        return FileIdentity(0, 0, found.size, 0, 0, found.etag or "")
+        return Entry(found.size, found.etag or "").identity
 
     def fetch(self, version: FileIdentity, start: int, end: int) -> memoryview:
         """Return a range of one version. What may pass is tried again.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.identity import FileIdentity
 from lora_merge.errors import CheckpointError, WriteError
 from lora_merge.runtime import packages
 from lora_merge.storage.objects.connecting import bucket_of
@@ -16,6 +16,7 @@ from lora_merge.storage.objects.failures import reading, writing
 from lora_merge.storage.objects.parts import PARTS_UNDER_WAY, PartWriter, part_bytes
 from lora_merge.storage.objects.settings import PROBE
 from lora_merge.storage.objects.store import Entry, FileSink, Receipt, match_of, version_of
+from lora_merge.storage.objects.urls import path_here
 from lora_merge.storage.ranged import RangedSource
 
 if TYPE_CHECKING:
@@ -128,8 +129,7 @@ class BucketStore:
         entry = entry or self.entry(name)
         if entry is None:
             raise CheckpointError(text, "", "does not exist")
-        version = FileIdentity(0, 0, entry.nbytes, 0, 0, entry.version)
-        source = RangedSource(text, version, partial(self._range, name, entry.version))
+        source = RangedSource(text, entry.identity, partial(self._range, name, entry.version))
         try:
             yield source
         finally:
@@ -205,6 +205,12 @@ class BucketStore:
             # Only some stores say that an object was not there.
             with writing(self.url.child(name)), contextlib.suppress(FileNotFoundError):
                 obstore.delete(self._bucket, self._key(name))
+
+    def remove_folder(self) -> None:
+        """Remove the directory of ``file://``. What a killed write left there is in no listing of obstore."""
+        here = path_here(str(self.url))
+        if here is not None:
+            shutil.rmtree(here, ignore_errors=True)
 
     def abort_uploads(self, names: Collection[str]) -> int:  # noqa: ARG002 - obstore cannot list them
         """Return 0: what killed processes left of uploads stays, until a lifecycle rule removes it."""

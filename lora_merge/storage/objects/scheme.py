@@ -6,7 +6,6 @@ import contextlib
 import errno
 from typing import TYPE_CHECKING
 
-from lora_merge.core.identity import FileIdentity
 from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.storage import input_files
 from lora_merge.storage.objects.store import Entry
@@ -14,6 +13,7 @@ from lora_merge.storage.objects.store import Entry
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lora_merge.core.identity import FileIdentity
     from lora_merge.storage.objects.store import Store
     from lora_merge.storage.sources import Source
 
@@ -49,7 +49,7 @@ class Objects:
             raise OSError(errno.EIO, str(exc), text) from None
         if entry is None:
             raise FileNotFoundError(errno.ENOENT, "No such object", text)
-        return FileIdentity(0, 0, entry.nbytes, 0, 0, entry.version)
+        return entry.identity
 
 
 def _found(text: str) -> tuple[Store, str]:

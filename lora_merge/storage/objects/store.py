@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from lora_merge.core.identity import FileIdentity
 from lora_merge.errors import WriteError
 
 if TYPE_CHECKING:
@@ -26,6 +27,11 @@ class Entry:
 
     modified: float = field(default=0.0, compare=False)
     """When it was written, in seconds since 1970, by the store's clock; 0 where that was not asked for."""
+
+    @property
+    def identity(self) -> FileIdentity:
+        """Which bytes these are, as sources have it."""
+        return FileIdentity(0, 0, self.nbytes, 0, 0, self.version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +183,9 @@ class Store(Protocol):
         Raises:
             WriteError: one cannot be deleted.
         """
+
+    def remove_folder(self) -> None:
+        """Remove the folder itself, where the storage has folders, with all that is left in it. It never fails."""
 
     def abort_uploads(self, names: Collection[str]) -> int:
         """Abort unfinished uploads of files that killed processes left: their parts are in no listing, and are billed.
