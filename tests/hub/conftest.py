@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.hub.server import Hub, start
+from tests.hub.taking import WRITE_TOKEN, TakingHub
+from tests.hub.uploads import serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[2]
 
-QUICK = frozenset({"test_remote_file.py", "test_stream_base.py"})
+QUICK = frozenset({"test_remote_file.py", "test_stream_base.py", "test_uploads.py"})
 """Files whose tests run in this process, and take no time."""
 
 
@@ -43,20 +45,56 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
+def ask_here(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process ask the hub at an address, with an empty cache and without a token."""
+    from huggingface_hub import constants
+
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def here(hub, tmp_path, monkeypatch) -> Hub:
     """The same hub, asked by this process with an empty cache and without a token."""
-    from huggingface_hub import constants
-
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+    ask_here(hub.url, tmp_path / "hf", monkeypatch)
     return hub
+
+
+@pytest.fixture
+def uploads(tmp_path) -> Iterator[TakingHub]:
+    """A hub that takes uploads, and has no repos."""
+    state = TakingHub(root=tmp_path / "uploads")
+    server = serve(state)
+    yield state
+    state.release()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(params=["lfs", "xet"])
+def taking(request, uploads, tmp_path, monkeypatch) -> TakingHub:
+    """The hub that takes uploads, asked by this process with a token that can write; over LFS, then over xet."""
+    from huggingface_hub import constants, hf_api
+    from huggingface_hub.utils import _xet
+
+    if request.param == "xet":
+        pytest.importorskip("hf_xet")
+    ask_here(uploads.url, tmp_path / "hf", monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", request.param != "xet")
+    monkeypatch.setattr(constants, "HF_XET_CACHE", str(tmp_path / "hf" / "xet"))
+    monkeypatch.setattr(hf_api.api, "endpoint", uploads.url)
+    if hasattr(_xet, "XetSessionHolder"):  # a session keeps the folders that it was made with
+        monkeypatch.setattr(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder())
+    settings = {"HF_HOME": tmp_path / "hf", "HF_XET_CACHE": tmp_path / "hf" / "xet", "HF_TOKEN": WRITE_TOKEN}
+    for name, value in {**settings, "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}.items():
+        monkeypatch.setenv(name, str(value))
+    return uploads
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT_LENGTH = 40
-BLOCK_BYTES = 4096
+BLOCK_BYTES = 1 << 20
 
 
 def commit_of(text: str) -> str:
@@ -119,6 +119,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.hub.requests.append((self.command, unquote(self.path)))
         self.hub.headers.append({key.title(): value for key, value in self.headers.items()})
+        self._route()
+
+    def _route(self) -> None:
+        """Answer what reads a repo of files."""
         address = urlsplit(self.path)
         path = unquote(address.path)
         if match := re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path):
@@ -209,17 +213,17 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._json(200, {"Code": 200, "Success": True, "Data": {"Name": name, "Path": name}})
 
-    def _bytes(self, path: Path, headers: dict[str, str]) -> None:
-        """Send a file, or a range of it."""
-        data = path.read_bytes()
+    def _bytes(self, path: Path, headers: dict[str, str], name: str = "") -> None:
+        """Send a file, or a range of it; ``name`` is the one that faults are planned for, where it is another."""
+        name, size = name or path.name, path.stat().st_size
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if path.name in self.hub.rangeless:
+        if name in self.hub.rangeless:
             wanted = None
         start = int(wanted[1]) if wanted else 0
-        if self._is_refused(path.name) or (wanted and self._is_beyond(start, len(data))):
+        if self._is_refused(name) or (wanted and self._is_beyond(start, size)):
             return
-        stop = min(int(wanted[2]) + 1, len(data)) if wanted and wanted[2] else len(data)
-        if wanted and path.name in self.hub.short:
+        stop = min(int(wanted[2]) + 1, size) if wanted and wanted[2] else size
+        if wanted and name in self.hub.short:
             stop = start + (stop - start) // 2
         self.send_response(206 if wanted else 200)
         for key, value in headers.items():
@@ -227,12 +231,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(stop - start))
         if wanted:
-            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
         self.end_headers()
         if self.command != "HEAD":
             if wanted:
-                self.hub.sent[path.name] = self.hub.sent.get(path.name, 0) + stop - start
-            self._body(path.name, data[start:stop])
+                self.hub.sent[name] = self.hub.sent.get(name, 0) + stop - start
+            with path.open("rb") as file:
+                file.seek(start)
+                self._body(name, file, stop - start)
 
     def _is_refused(self, name: str) -> bool:
         """Answer with an error where the test wants that."""
@@ -253,10 +259,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(416, {"error": "range"}, {"Content-Range": f"bytes */{size}"})
         return start >= size
 
-    def _body(self, name: str, part: bytes) -> None:
-        """Send some bytes; stop in the middle where the test wants that."""
-        middle = len(part) // 2
-        self.wfile.write(part[:middle])
+    def _body(self, name: str, file: BinaryIO, size: int) -> None:
+        """Send the next bytes of a file; stop in the middle where the test wants that."""
+        self._copy(file, size // 2)
         if self.hub.cut.get(name, 0) > 0:
             self.hub.cut[name] -= 1
             self.close_connection = True
@@ -265,7 +270,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.hub.stalled.set()
             self.hub.stall[name].wait(60)
-        self.wfile.write(part[middle:])
+        self._copy(file, size - size // 2)
+
+    def _copy(self, file: BinaryIO, size: int) -> None:
+        """Send the next bytes of a file, a block at a time."""
+        while size and (block := file.read(min(size, BLOCK_BYTES))):
+            self.wfile.write(block)
+            size -= len(block)
 
     def _json(self, status: int, table: object, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(table).encode()
