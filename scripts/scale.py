@@ -1,31 +1,24 @@
-"""The table of ``docs/clusters.md``: bytes and minutes of merges into large models, from their published shapes.
-
-All of it is arithmetic, from the sizes of the linear layers. Norms, biases and routers' corrections are left out: together
-they are less than a thousandth of each model.
-"""
+"""The arithmetic of ``docs/scale.md``: bytes, minutes and dollars of merges into large models, from their published tensors."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from hollows.models import MODELS as PUBLISHED
 from supported import row
+
+if TYPE_CHECKING:
+    from hollows.models import Model as Published
 
 Group = Literal["attention", "experts", "mlp", "rest"]
 Storage = Literal["dense", "mixed", "base"]
 
 DENSE_BYTES = 2.0
 """Of a value in BF16."""
-
-FP8_BLOCKS = 1 + 4 / 128**2
-"""Of a value: a code, and a scale in F32 for each block of 128 × 128."""
-
-INT4_GROUPS = 0.5 + 2 / 32
-"""Of a value: half a byte, and a scale in BF16 for each 32."""
-
-MXFP4 = 0.5 + 1 / 32
-"""Of a value: half a byte, and a scale of one byte for each 32."""
 
 LINE_SHARE = 0.8
 """Of a line's rate that transfers reach."""
@@ -34,24 +27,39 @@ LINES = ((1, 10), (1, 25), (4, 25), (16, 25))
 """Nodes, and Gbit/s of each."""
 
 
+class Part(NamedTuple):
+    """Tensors that are stored, and changed or not, together."""
+
+    group: Group
+    """What of the model they are; ``rest`` no adapter changes."""
+
+    is_coded: bool
+    """Whether they are quantised."""
+
+
+class Held(NamedTuple):
+    """What a part has."""
+
+    values: float
+    nbytes: float
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as it is published: values of each group of tensors, and bytes of one."""
+    """A model as it is published, in its parts."""
 
     name: str
     storage: str
-    values: Mapping[Group, float]
-    coded: Mapping[Group, float]
-    """Bytes of a value of the groups that are quantised; all others are BF16."""
-
-    def stored(self, group: Group) -> float:
-        """Return the bytes of a group in the base."""
-        return self.values[group] * self.coded.get(group, DENSE_BYTES)
+    parts: Mapping[Part, Held]
 
     @property
     def nbytes(self) -> float:
         """Return the bytes of the base."""
-        return sum(map(self.stored, self.values))
+        return sum(held.nbytes for held in self.parts.values())
+
+    def has_coded(self, group: Group) -> bool:
+        """Return True where a group is quantised."""
+        return Part(group, is_coded=True) in self.parts
 
     def written(self, targets: frozenset[Group], storage: Storage) -> float:
         """Return the bytes of the output.
@@ -60,64 +68,58 @@ class Model:
             targets: groups that the adapter changes.
             storage: of the output, as ``--out-storage`` names it.
         """
-        dense = {"dense": frozenset(self.values), "mixed": targets, "base": frozenset[Group]()}[storage]
-        return sum(
-            self.values[one] * DENSE_BYTES if one in dense else self.stored(one) for one in self.values
-        )
+
+        def of(part: Part, held: Held) -> float:
+            is_dense = storage == "dense" or (storage == "mixed" and part.group in targets)
+            return held.values * DENSE_BYTES if is_dense and part.is_coded else held.nbytes
+
+        return sum(of(*one) for one in self.parts.items())
 
     def kept(self, targets: frozenset[Group], storage: Storage) -> float:
         """Return the bytes that are the same in the output as in the base: a store can copy them."""
-        same = (one for one in self.values if one not in targets)
-        return sum(self.stored(one) for one in same if storage != "dense" or one not in self.coded)
+        same = ((part, held) for part, held in self.parts.items() if part.group not in targets)
+        return sum(held.nbytes for part, held in same if storage != "dense" or not part.is_coded)
 
 
-def latent_attention(hidden: int, heads: int) -> int:
-    """Return the values of one layer's attention in DeepSeek's models: low ranks of 1536 and 512, heads of 128 + 64 and 128."""
-    down = hidden * (1536 + 512 + 64)
-    up = 1536 * heads * (128 + 64) + 512 * heads * (128 + 128)
-    return down + up + heads * 128 * hidden
+_SCALES = (".weight_scale_inv", ".weight_scale", ".weight_shape", "_scales")
+_CODES_IN_A_BYTE = {"F8_E4M3": 1, "I32": 2, "U8": 2}
 
 
-def deepseek_like(n_experts: int, n_dense: int, heads: int, vocab: int, n_further: int) -> dict[Group, float]:
-    """Return the values of a model with DeepSeek-V3's layers: 61, and further ones that predict more tokens."""
-    hidden, expert = 7168, 3 * 7168 * 2048
-    layers = 61 + n_further
-    sparse = layers - n_dense
-    return {
-        "attention": layers * latent_attention(hidden, heads),
-        "experts": sparse * n_experts * expert,
-        "mlp": n_dense * 3 * hidden * 18_432 + sparse * expert,
-        # Embedding and head, again in each further layer, with its projection; routers.
-        "rest": (1 + n_further) * 2 * vocab * hidden
-        + n_further * 2 * hidden**2
-        + sparse * n_experts * hidden,
-    }
+def model_of(published: Published) -> Model:
+    """Return a published model in its parts."""
+    changed = {f"{module.name.removesuffix('.base_layer')}." for module in published.modules("all")}
+    parts: dict[Part, Held] = {}
+    for tensor in published.tensors():
+        path = tensor.name
+        is_scale = path.endswith(_SCALES)
+        part = Part(_group(path, changed), is_coded=is_scale or tensor.dtype in _CODES_IN_A_BYTE)
+        values = (
+            0
+            if is_scale
+            else _CODES_IN_A_BYTE[tensor.dtype] * tensor.nbytes
+            if part.is_coded
+            else math.prod(tensor.shape)
+        )
+        before = parts.get(part, Held(0, 0))
+        parts[part] = Held(before.values + values, before.nbytes + tensor.nbytes)
+    return Model(published.name, published.storage, parts)
 
 
-def gpt_oss() -> dict[Group, float]:
-    """Return the values of gpt-oss-120b: 36 layers of 128 experts, 64 heads of 64 and 8 of keys and values."""
-    hidden, layers, experts, vocab = 2880, 36, 128, 201_088
-    return {
-        "attention": layers * hidden * 64 * (64 + 8 + 8 + 64),
-        "experts": layers * experts * 3 * hidden * 2880,
-        "mlp": 0,
-        # Biases of experts are many here.
-        "rest": 2 * vocab * hidden + layers * experts * (hidden + 3 * 2880),
-    }
+def _group(name: str, changed: set[str]) -> Group:
+    """Return the group of a tensor."""
+    module = name.rpartition(".")[0] + "."
+    if module not in changed or name.endswith("bias"):
+        return "rest"
+    return "attention" if ".self_attn." in name else "experts" if ".experts" in name else "mlp"
 
 
-_LAYERS: tuple[Group, ...] = ("attention", "experts", "mlp")
+@cache
+def models() -> tuple[Model, ...]:
+    """Return the published models, in the order of the tables."""
+    return tuple(model_of(one) for one in PUBLISHED.values())
 
-MODELS = (
-    Model("DeepSeek-V3", "FP8", deepseek_like(256, 3, 128, 129_280, 1), dict.fromkeys(_LAYERS, FP8_BLOCKS)),
-    Model("Kimi-K2", "FP8", deepseek_like(384, 1, 64, 163_840, 0), dict.fromkeys(_LAYERS, FP8_BLOCKS)),
-    Model(
-        "Kimi-K2-Thinking", "INT4 experts", deepseek_like(384, 1, 64, 163_840, 0), {"experts": INT4_GROUPS}
-    ),
-    Model("gpt-oss-120b", "MXFP4 experts", gpt_oss(), {"experts": MXFP4}),
-)
 
-ATTENTION, LAYERS = frozenset[Group]({"attention"}), frozenset(_LAYERS)
+ATTENTION, LAYERS = frozenset[Group]({"attention"}), frozenset[Group](("attention", "experts", "mlp"))
 """What adapters change."""
 
 
@@ -128,7 +130,7 @@ def minutes(nbytes: float, nodes: int, gbits: float) -> float:
 
 def lines() -> Iterator[tuple[str, str, list[float]]]:
     """Yield model, adapter with the output's storage, and figures: GB read, GB written, GB that do not travel, minutes."""
-    for model in MODELS:
+    for model in models():
         for adapter, targets, storage in outputs(model):
             out, kept = model.written(targets, storage), model.kept(targets, storage)
             most = max(model.nbytes, out)
@@ -141,7 +143,7 @@ def lines() -> Iterator[tuple[str, str, list[float]]]:
 def outputs(model: Model) -> Iterator[tuple[str, frozenset[Group], Storage]]:
     """Yield the outputs of a model that differ: adapter, what it changes, and storage."""
     yield "any", LAYERS, "dense"
-    if ATTENTION & model.coded.keys():
+    if model.has_coded("attention"):
         yield "attention", ATTENTION, "mixed"
     yield "attention", ATTENTION, "base"
     yield "all layers", LAYERS, "base"

@@ -7,10 +7,11 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from hollows.tensors import Stored, random_values, write
+
 from benchmarks import turns
 from benchmarks.cases import TARGETS, Case
 from benchmarks.inputs import (
-    CHUNK_BYTES,
     MAX_SHARD_BYTES,
     VERSION,
     Place,
@@ -18,7 +19,6 @@ from benchmarks.inputs import (
     base_place,
     build_base,
     factors,
-    n_elements,
     shape_for,
 )
 from benchmarks.machine import lora_merge
@@ -112,6 +112,8 @@ def build_adapter(directory: Path, shape: Shape, modules: tuple[str, ...], base:
 
 def build_fp8(directory: Path, shape: Shape) -> None:
     """Write a checkpoint whose layers are FP8 in blocks, with random codes and scales."""
+    import torch
+
     tiny = Shape(128, 352, 8, 8, 1, 1024)
     build_base(directory, tiny, "bfloat16")  # for its small files
     for file in directory.glob("*.safetensors"):
@@ -128,68 +130,31 @@ def build_fp8(directory: Path, shape: Shape) -> None:
         "quantization_config": _SETTINGS,
     }
     (directory / "config.json").write_text(json.dumps(config | sizes))
-    files: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    files: list[list[Stored]] = [[]]
     filled = 0
     for one in _stored(shape):
-        nbytes = n_elements(one[2]) * _BYTES[one[1]]
-        if files[-1] and filled + nbytes > MAX_SHARD_BYTES:
+        if files[-1] and filled + one.nbytes > MAX_SHARD_BYTES:
             files.append([])
             filled = 0
         files[-1].append(one)
-        filled += nbytes
+        filled += one.nbytes
     names = [f"model-{n + 1:05}-of-{len(files):05}.safetensors" for n in range(len(files))]
     for name, tensors in zip(names, files, strict=True):
-        _write(directory / name, tensors)
-    weight_map = {one[0]: name for name, tensors in zip(names, files, strict=True) for one in tensors}
+        torch.manual_seed(sum(name.encode()))
+        write(directory / name, tensors, random_values)
+    weight_map = {one.name: name for name, tensors in zip(names, files, strict=True) for one in tensors}
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
-
-
-def _stored(shape: Shape) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Yield name, dtype and shape of every stored tensor."""
+def _stored(shape: Shape) -> Iterator[Stored]:
+    """Yield every stored tensor."""
     for name, dims in shape.tensor_shapes():
         if ".layers." in name and len(dims) == 2:
-            yield name, "F8_E4M3", dims
-            yield f"{name}_scale_inv", "F32", tuple(-(-size // BLOCK) for size in dims)
+            yield Stored(name, "F8_E4M3", dims)
+            yield Stored(f"{name}_scale_inv", "F32", tuple(-(-size // BLOCK) for size in dims))
         else:
-            yield name, "BF16", dims
-
-
-def _write(file: Path, tensors: list[tuple[str, str, tuple[int, ...]]]) -> None:
-    """Write a file of random values, a chunk at a time."""
-    import torch
-
-    torch.manual_seed(sum(file.name.encode()))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, dtype, dims in tensors:
-        start, end = end, end + n_elements(dims) * _BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": dims, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for _, dtype, dims in tensors:
-            left = n_elements(dims)
-            while left:
-                part = min(left, CHUNK_BYTES // _BYTES[dtype])
-                stream.write(_random(dtype, part, len(dims)).view(torch.uint8).numpy().data)
-                left -= part
-
-
-def _random(dtype: str, n: int, n_axes: int) -> Any:
-    """Return random values of a tensor: codes that are numbers, small positive scales, weights, or ones."""
-    import torch
-
-    if dtype == "F8_E4M3":
-        codes = torch.randint(0, 254, (n,), dtype=torch.uint8)
-        return codes + (codes >= 0x7F)  # 0x7f and 0xff are no numbers
-    if dtype == "F32":
-        return torch.rand(n).add_(0.5).mul_(1e-4)
-    return torch.ones(n, dtype=torch.bfloat16) if n_axes < 2 else (torch.randn(n) * 0.02).bfloat16()
+            yield Stored(name, "BF16", dims)
 
 
 def rounds_of(cache: Path, size_gb: float, n_rounds: int, kept: str, settle_s: float) -> Iterator[str]:

@@ -8,11 +8,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hollows.tensors import Stored, write
 
 NO_SOCKETS = str(Path(__file__).parents[1] / "no_sockets")
 
@@ -33,8 +34,6 @@ stacked ones, for which transformers has to be imported.
 """
 
 BYTES = 1_000_000_000
-CHUNK_BYTES = 1 << 20
-Shapes = Mapping[str, tuple[int, ...]]
 
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": "bfloat16",
@@ -84,25 +83,6 @@ def base_shapes() -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
 
 
-def write_hollow(path: Path, shapes: Shapes, dtype: str, item_bytes: int, value: bytes = b"") -> None:
-    """Write a header, and a hole for the data: no disk holds such a checkpoint, and no plan reads it.
-
-    A value fills the hole instead: an adapter that holds nothing but zeros is refused.
-    """
-    header: dict[str, object] = {}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * item_bytes
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for begin in range(0, end if value else 0, CHUNK_BYTES):
-            file.write(value * (min(CHUNK_BYTES, end - begin) // len(value)))
-        file.truncate(8 + len(text) + end)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A checkpoint of a hundred thousand tensors in a thousand files; each file has a part of several layers."""
@@ -116,7 +96,7 @@ def base(tmp_path_factory) -> Path:
     for name, file in files.items():
         shards.setdefault(file, {})[name] = shapes[name]
     for file, held in shards.items():
-        write_hollow(root / file, held, "BF16", 2)
+        write(root / file, [Stored(name, "BF16", shape) for name, shape in held.items()])
     total = sum(2 * math.prod(shape) for shape in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": files}
     (root / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -127,11 +107,12 @@ def base(tmp_path_factory) -> Path:
 def write_adapter(root: Path, factors: Iterable[tuple[str, tuple[int, int], int]], **fields: object) -> Path:
     """Write an adapter of modules, each with its sizes and its number of experts."""
     root.mkdir()
-    shapes: dict[str, tuple[int, ...]] = {}
+    stored = []
     for name, (n_out, n_in), n_experts in factors:
-        shapes[f"base_model.model.{name}.lora_A.weight"] = (n_experts * RANK, n_in)
-        shapes[f"base_model.model.{name}.lora_B.weight"] = (n_out, n_experts * RANK)
-    write_hollow(root / "adapter_model.safetensors", shapes, "BF16", 2, value=b"\x3c\x3c")
+        stored.append(Stored(f"base_model.model.{name}.lora_A.weight", "BF16", (n_experts * RANK, n_in)))
+        stored.append(Stored(f"base_model.model.{name}.lora_B.weight", "BF16", (n_out, n_experts * RANK)))
+    # An adapter that holds nothing but zeros is refused.
+    write(root / "adapter_model.safetensors", stored, lambda one: [b"\x3c\x3c" * (one.nbytes // 2)])
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 4, "peft_version": "0.21.2", **fields}
     (root / "adapter_config.json").write_text(json.dumps(config))
     return root

@@ -6,7 +6,8 @@ import pytest
 import scale
 
 PUBLISHED_GB = {"DeepSeek-V3": 688.6, "Kimi-K2": 1029, "Kimi-K2-Thinking": 594, "gpt-oss-120b": 65.2}
-MODELS = {model.name: model for model in scale.MODELS}
+GROUPS = ("attention", "experts", "mlp", "rest")
+MODELS = {model.name: model for model in scale.models()}
 
 
 @pytest.mark.parametrize("name", PUBLISHED_GB)
@@ -24,8 +25,13 @@ def test_outputs_of_deepseek_are_those_of_dry_runs():
 def test_what_an_adapter_leaves_alone_is_the_rest_of_the_base():
     model = MODELS["gpt-oss-120b"]
     same = model.kept(scale.ATTENTION, "base")
-    assert same == model.nbytes - model.stored("attention")
-    assert model.kept(scale.LAYERS, "dense") == model.stored("rest")
+    stored = {
+        group: sum(held.nbytes for part, held in model.parts.items() if part.group == group)
+        for group in GROUPS
+    }
+    assert same == model.nbytes - stored["attention"]
+    assert model.kept(scale.LAYERS, "dense") == stored["rest"]
+    assert stored["experts"] == 36 * 128 * 3 * 2880**2 * 17 // 32
 
 
 def test_a_line_takes_its_time():
