@@ -30,6 +30,8 @@ class Blobs:
         self.known, self.arrived, self.cas = root / "blobs", root / "arrived", root / "cas"
         for folder in (self.known, self.arrived, self.cas):
             folder.mkdir(parents=True, exist_ok=True)
+        for copy in self.arrived.glob("read-*"):  # of a hub that was killed
+            shutil.rmtree(copy)
 
     def path(self, sha256: str) -> Path:
         """Return where a file is."""

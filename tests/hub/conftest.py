@@ -106,25 +106,37 @@ def network(here) -> Iterator[Hub]:
     server.server_close()
 
 
-@pytest.fixture
-def environment(hub, tmp_path) -> dict[str, str]:
-    """The environment of a command: this hub, an empty cache, nobody's token."""
+def settings_of(url: str, folder: Path) -> dict[str, str]:
+    """Return the environment of a command: a hub, an empty cache, and no token."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MODELSCOPE_"))}
     return kept | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf"),
-        "MODELSCOPE_ENDPOINT": hub.url,
-        "MODELSCOPE_CACHE": str(tmp_path / "ms"),
-        "HOME": str(tmp_path / "home"),
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(folder / "hf"),
+        "MODELSCOPE_ENDPOINT": url,
+        "MODELSCOPE_CACHE": str(folder / "ms"),
+        "HOME": str(folder / "home"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "NO_PROXY": "127.0.0.1",
     }
 
 
 @pytest.fixture
-def command(environment, tmp_path) -> Callable[..., Any]:
-    """Return a function that runs the real command in an empty directory, to its end."""
-    work = tmp_path / "work"
+def environment(hub, tmp_path) -> dict[str, str]:
+    """The environment of a command: this hub, an empty cache, nobody's token."""
+    return settings_of(hub.url, tmp_path)
+
+
+@pytest.fixture(params=["lfs", "xet"])
+def pushing(request, uploads, tmp_path) -> dict[str, str]:
+    """The environment of a command: the hub that takes uploads, and a token that can write; over LFS, then over xet."""
+    if request.param == "xet":
+        pytest.importorskip("hf_xet")
+    transfer = {"HF_HUB_DISABLE_XET": "1"} if request.param == "lfs" else {}
+    return settings_of(uploads.url, tmp_path) | transfer | {"HF_TOKEN": WRITE_TOKEN}
+
+
+def run_in(work: Path, environment: dict[str, str]) -> Callable[..., Any]:
+    """Return a function that runs the real command in a directory, to its end."""
     work.mkdir()
 
     def run(*arguments: object, env: dict[str, str] | None = None, **options: Any) -> Any:
@@ -134,6 +146,18 @@ def command(environment, tmp_path) -> Callable[..., Any]:
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def command(environment, tmp_path) -> Callable[..., Any]:
+    """Return a function that runs the real command in an empty directory, to its end."""
+    return run_in(tmp_path / "work", environment)
+
+
+@pytest.fixture
+def push_command(pushing, tmp_path) -> Callable[..., Any]:
+    """Return the same function, for the hub that takes uploads."""
+    return run_in(tmp_path / "work", pushing)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ written is kept in a directory, so that a hub can be started again with it. As a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -71,6 +72,10 @@ class _TakingHandler(_Handler):
     hub: TakingHub
 
     disable_nagle_algorithm = True
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # clients are killed
+            super().handle()
 
     def do_POST(self) -> None:  # noqa: N802
         self._answer()
