@@ -247,16 +247,16 @@ def _job(entry: _Entry, values: Mapping[str, Any], words: Mapping[str, str]) -> 
     }
     name = _filled(entry, "name", entry.values.get("name") or filled.get("out"), known)
     if not filled.get("out"):
-        raise entry.error(
-            "out",
-            "is missing",
-            "add out: PATH; {adapter}, {parent}, {base} and {1} are filled in",
-        )
+        hint = "add out: PATH; {adapter}, {parent}, {base} and {1} are filled in"
+        raise entry.error("out", "is missing", hint)
     try:
         request = _convert_request(filled) if converts else _merge_request(filled)
     except RequestError as exc:
         key = _SPELT.get(exc.key, exc.key) if converts else exc.key
         raise entry.error(key, exc.sentence, exc.hint) from exc
+    if request.push_to_hub:
+        hint = "run lora-merge convert with --push-to-hub" if converts else "write out: hf://ORG/NAME"
+        raise entry.error("push_to_hub", "is given, and a batch does not push what is on this disk", hint)
     return Job(str(name), request, entry.line)
 
 

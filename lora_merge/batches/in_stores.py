@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_merge.batches.up_to_date import Standing
 from lora_merge.core.report import note
 from lora_merge.merging.made_already import other_than
-from lora_merge.merging.preparing import MARKS
+from lora_merge.merging.output_place import MARKS
+from lora_merge.merging.pushing import is_on_hub, push_of
 from lora_merge.storage.destination import Wish
 from lora_merge.storage.destinations import storage_of
 
@@ -43,4 +45,5 @@ def place_of_output(request: Request) -> tuple[Storage, Wish]:
         ResolveError: the text cannot be a path or a URL.
     """
     storage = storage_of(request.out)
-    return storage, Wish(storage.path(request.out), resume=True, overwrite=False, marks=MARKS, inputs=())
+    wish = Wish(storage.path(request.out), resume=True, overwrite=False, marks=MARKS, inputs=())
+    return storage, replace(wish, push=push_of(request) if is_on_hub(request.out) else None)

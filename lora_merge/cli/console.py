@@ -129,8 +129,10 @@ class Console:
             show_data({"ok": True, **conversion_data(report)})
         elif not self._quiet:
             print_conversion(report, verbose=self._verbose)
-            say(done_text(report, out))
-            after_conversion(report, out, base, engine)
+            say(done_text(report, out or report.out))
+            if report.pushed:
+                say(f"on the Hub: {report.pushed}")
+            after_conversion(report, out or report.out.removeprefix("hf://"), base, engine)
 
     def batch(self, report: BatchReport) -> None:
         """Print a table of all jobs, and what went wrong; tracebacks of bugs with ``--verbose``."""

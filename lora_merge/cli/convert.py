@@ -8,7 +8,7 @@ import click
 
 from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.next_steps import named_base
-from lora_merge.cli.options import SETTINGS, console_of, options
+from lora_merge.cli.options import SETTINGS, check_given, console_of, options
 
 
 @click.command(cls=Verb, context_settings=SETTINGS)
@@ -30,6 +30,7 @@ def convert(*, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
     from lora_merge.requests.parsing import parse_request
     from lora_merge.requests.request import ConvertRequest
 
+    check_given("convert", flags)
     console = console_of(json=json, quiet=quiet, verbose=verbose)
     request = parse_request(ConvertRequest, flags)
     with console.watching() as observer:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from lora_merge.cli.help_pages import Verb
-from lora_merge.cli.options import SETTINGS, console_of, options
+from lora_merge.cli.options import SETTINGS, check_given, console_of, options
 
 
 @click.command(cls=Verb, context_settings=SETTINGS)
@@ -27,6 +27,7 @@ def extract(*, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
     from lora_merge.requests.parsing import parse_request
     from lora_merge.requests.request import ExtractRequest
 
+    check_given("extract", flags)
     console = console_of(json=json, quiet=quiet, verbose=verbose)
     request = parse_request(ExtractRequest, flags)
     with console.watching() as observer:

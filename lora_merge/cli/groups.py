@@ -56,6 +56,11 @@ GROUPS: Final[tuple[Group, ...]] = (
         ("out", "serving", "format", "dtype", "overwrite", "resume"),
         ("max_shard_size", "link", "copies", "part", "seal"),
     ),
+    Group(
+        "Push to the Hub",
+        ("push_to_hub",),
+        ("revision", "visibility", "create_pr", "commit_message", "upload", "spool_limit"),
+    ),
     Group("Quantised models", ("quantize", "out_storage"), ("ignore", "rounding")),
     Group(
         "Checks",

@@ -104,7 +104,7 @@ def _parameter(option: Option, verb: Verb) -> Callable[[Command], Command]:
             "multiple": kind.is_many,
             "envvar": option.environment or None,
             # With ``--config``, `request_of` checks this, when both sources are known.
-            "required": option.is_required and not _has_file(verb),
+            "required": option.is_required and not option.instead and not _has_file(verb),
         }
         if option.scope == "command" and not kind.is_many:
             settings["default"] = option.default
@@ -173,6 +173,19 @@ def given_values() -> dict[str, Any]:
     }
 
 
+def check_given(verb: Verb, flags: dict[str, Any]) -> None:
+    """Check that each required option of a command without ``--config`` is given, or the one that stands for it.
+
+    Raises:
+        click.MissingParameter: neither is.
+    """
+    context = click.get_current_context()
+    for option in fields_of(verb):
+        if option.instead and not (flags[option.name] or flags[option.instead]):
+            param = next(one for one in context.command.params if one.name == option.name)
+            raise click.MissingParameter(ctx=context, param=param)
+
+
 def request_of(verb: Verb, config: str | None, flags: dict[str, Any]) -> Request:
     """Return the request that a file and the flags give. Flags win.
 
@@ -185,7 +198,7 @@ def request_of(verb: Verb, config: str | None, flags: dict[str, Any]) -> Request
         click.UsageError: a required option is in neither.
         RequestError: a value does not parse.
     """
-    from lora_merge.requests.parsing import parse_request
+    from lora_merge.requests.parsing import left_out, parse_request
     from lora_merge.requests.request import Request
 
     given = {name: value for name, value in flags.items() if value not in (None, ())}
@@ -196,6 +209,6 @@ def request_of(verb: Verb, config: str | None, flags: dict[str, Any]) -> Request
 
         return read_request(config, given, defaults)
     for name in needed:
-        if name not in given:
+        if name not in given and name not in left_out(verb, given):
             raise MissingOptionError(name, click.get_current_context(silent=True))
     return parse_request(Request, given, defaults)

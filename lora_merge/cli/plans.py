@@ -51,9 +51,10 @@ def merge_lines(report: Report, out: str) -> list[str]:
         out: the output, as the user named it.
     """
     summary, seconds = report.summary, sum(report.seconds.values())
+    pushed = [f"on the Hub: {report.pushed}"] if report.pushed else []
     # A note says it.
     if report.was_complete:
-        return []
+        return pushed
     copied = (
         f", {size_text(report.store_copied_bytes)} of it copied by the store"
         if report.store_copied_bytes
@@ -75,7 +76,7 @@ def merge_lines(report: Report, out: str) -> list[str]:
         if verdict.level != "none"
         else "not verified"
     )
-    return [f"wrote {out}: {merged}; {size_text(total)} in {seconds:.1f} s{copied}", checked]
+    return [f"wrote {out}: {merged}; {size_text(total)} in {seconds:.1f} s{copied}", checked, *pushed]
 
 
 def print_plan(report: Report, named: Mapping[str, str], *, verbose: bool) -> None:

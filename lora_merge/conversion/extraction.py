@@ -9,6 +9,7 @@ from lora_merge.conversion import Draft
 from lora_merge.conversion.difference import Pairing, extracted, misfits
 from lora_merge.conversion.job import Conversion, adapter_out, local_paths
 from lora_merge.conversion.lora import ConvertReport, Keep, Recipe
+from lora_merge.conversion.pushing import on_this_disk, pushed
 from lora_merge.conversion.reading_back import OnBase
 from lora_merge.conversion.writing import carry_out
 from lora_merge.core.adapter import Adapter
@@ -63,9 +64,12 @@ def extract_adapter(request: ExtractRequest, *, observer: Observer | None = None
             "neither rank nor energy is given, expected how much of each change to keep",
             hint=hint,
         )
-    with clock("plan"), translate_out_of_memory("planning"), errors_by_url(), watching() as seen:
-        job = _plan(request, watch)
-    return carry_out(replace(job, read=without_copies(seen.inputs())), watch, clock)
+    message = f"Extract the difference between {request.tuned} and {request.base}"
+    with on_this_disk(request, message) as (placed, push):
+        with clock("plan"), translate_out_of_memory("planning"), errors_by_url(), watching() as seen:
+            job = _plan(placed, watch)
+        made = carry_out(replace(job, read=without_copies(seen.inputs())), watch, clock)
+        return pushed(made, placed, request, push, watch)
 
 
 def _plan(request: ExtractRequest, watch: Observer) -> Conversion:

@@ -321,6 +321,8 @@ class ConvertReport:
 
     issues: tuple[Issue, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    pushed: str = ""
+    """Where the Hub shows it, or its open pull request."""
 
     @property
     def loss(self) -> Loss | None:

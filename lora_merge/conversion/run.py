@@ -10,6 +10,7 @@ from lora_merge.adapters.mlx_spelling import in_names_of
 from lora_merge.conversion import draft, needs_base
 from lora_merge.conversion.families import serving_issues
 from lora_merge.conversion.job import Conversion, adapter_out, local_paths, raise_unconvertible
+from lora_merge.conversion.pushing import on_this_disk, pushed
 from lora_merge.conversion.reading_back import OnBase
 from lora_merge.conversion.recipe import recipe_of, unsaid
 from lora_merge.conversion.writers import check_ready
@@ -57,10 +58,11 @@ def convert_adapter(request: ConvertRequest, *, observer: Observer | None = None
         LoraMergeError: see `lora_merge.errors`. The output's path is then as it was before.
     """
     watch, clock = observer or Silence(), Clock()
-    with clock("plan"), translate_out_of_memory("planning"):
-        job = plan_conversion(request, watch)
-    announce(watch, Work(f"{adapter_headline(job.adapter)} → {_wanted(job)}"))
-    return carry_out(job, watch, clock)
+    with on_this_disk(request, f"Convert {request.adapter}") as (placed, push):
+        with clock("plan"), translate_out_of_memory("planning"):
+            job = plan_conversion(placed, watch)
+        announce(watch, Work(f"{adapter_headline(job.adapter)} → {_wanted(job)}"))
+        return pushed(carry_out(job, watch, clock), placed, request, push, watch)
 
 
 def _wanted(job: Conversion) -> str:

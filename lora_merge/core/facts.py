@@ -22,8 +22,7 @@ Division = Literal["boxes", "rows", "none"]
 class Facts:
     """The facts of one change: each algebra has a separate frozen dataclass, beside its arithmetic in `lora_merge.deltas`.
 
-    The class variables say what kind of change the algebra makes. Every room asks them instead of comparing names. The
-    defaults here are the safe ones, so a new algebra overrides only what it can promise.
+    Every room asks the class variables instead of comparing names. Defaults are safe: an algebra overrides what it can promise.
     """
 
     __slots__ = ()

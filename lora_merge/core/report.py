@@ -192,6 +192,9 @@ class Report:
     store_copied_bytes: int = 0
     """Of the output's tensors that its store copied by itself (``--copies``)."""
 
+    pushed: str = ""
+    """Where the Hub shows the output, or its open pull request."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:

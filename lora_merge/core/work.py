@@ -1,7 +1,6 @@
 """Work as values: what a worker is made from, what it is given, and what it gives back.
 
-Everything here can be pickled, so that a worker may be a thread, a process, or on another machine. None of it holds an
-open file, a lock or an output that is being made: those are the driver's (`lora_merge.merging.writing`).
+Everything can be pickled: a worker may be a thread, a process, or on another machine. It holds no open file, lock or output.
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ def provenance_of(planned: Planned, versions: Mapping[str, str] | None = None) -
         adapter_origins=tuple(place.origin for place in planned.adapters),
         base_versions=versions_of(planned.checkpoint, planned.inputs),
         merged_before=planned.merged_before,
-        out_name=Path(request.out).name,
+        out_name=Path(request.out).name.partition("@")[0]
+        if request.out.startswith("hf://")
+        else Path(request.out).name,
         # In the order that manifests always had, so that the same request writes the same bytes.
         options=record_of(request),
         base_card=planned.cards[0],

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Report, Summary, Verdict, note, warning
 from lora_merge.core.tensor import Survival
 from lora_merge.errors import RequestError, WriteError
-from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.merging.budget import Budget, allot
 from lora_merge.merging.by_file import file_pieces, under_way_bytes
 from lora_merge.merging.estimate import estimate
 from lora_merge.merging.headline import forewarn, merge_headline
-from lora_merge.merging.made_already import finds_whole, is_made_already
-from lora_merge.merging.made_from import told_of
+from lora_merge.merging.made_already import is_made_already
+from lora_merge.merging.output_place import place_of, wish_of
 from lora_merge.merging.parts import Part, part_of
+from lora_merge.merging.pushing import check_push, is_on_hub, spooled
 from lora_merge.merging.worker import NoDeviceError, pick_device
 from lora_merge.planning import raise_errors
 from lora_merge.planning.effect import effect_issues
@@ -27,7 +26,6 @@ from lora_merge.runtime import machine
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.destination import Storage, Wish
-from lora_merge.storage.destinations import storage_of
 from lora_merge.storage.sources import is_local
 from lora_merge.words import size_text
 
@@ -37,12 +35,6 @@ if TYPE_CHECKING:
 
 NO_GPU = "no-gpu"
 """Code of the warning that observers hear before a merge begins (`headline.forewarn`)."""
-
-MARKS = (CONFIG_FILE, MANIFEST_FILE)
-"""File names; a directory with one of them is a model checkpoint. The manifest shows it also where the config was
-lost.
-"""
-
 
 COMPLETE = "is complete, and was made from the same base, adapters and options, so there is nothing to do"
 """What is said of an output that a run finds whole."""
@@ -68,6 +60,9 @@ class Made:
     busy_seconds: Mapping[str, float] = field(default_factory=dict)
     store_copied_bytes: int = 0
     """Of the tensors that the store copied by itself."""
+
+    pushed: str = ""
+    """Where people see the output, if it was pushed."""
 
     error: Exception | None = None
     """Why this output failed, while others of the same run did not. An error that is not a `LoraMergeError` is a bug.
@@ -142,6 +137,7 @@ class Prepared:
             part=done.part,
             was_complete=self.is_made,
             store_copied_bytes=done.store_copied_bytes,
+            pushed=done.pushed,
         )
 
 
@@ -157,7 +153,7 @@ def prepare(
     if not (request.out or dry_run):
         raise RequestError("", 0, "out", "is empty, expected a path (an unset shell variable?)")
     part = _part(request)
-    out, storage = _place(request, dry_run=dry_run)
+    out, storage = place_of(request, dry_run=dry_run)
     # Before anything is fetched or read: who meant a GPU may not want to wait.
     device, *issues = _device(request, watch, dry_run=dry_run)
     with clock("plan"), translate_out_of_memory("planning"):
@@ -167,18 +163,18 @@ def prepare(
         useless = effect_issues(plan, planned.uses)
         raise_errors(useless)
         check_strict((*plan.issues, *useless), strict=request.strict)
-        wish = _wish(request, out, planned)
+        wish = wish_of(request, out, planned)
         # `merge --dry-run` and `plan` may have no output at all. With one, a dry run says what would stop the
         # real run.
         is_made = bool(request.out) and is_made_already(planned, wish, storage)
         if (request.out or not dry_run) and not is_made:
             storage.check_replaceable(wish)
+        check_push(request, planned)
         if not (dry_run or is_made or storage.takes_files):
-            storage.check_writable(out)
-        _check_executor(request, device)
+            storage.check_writable(wish)
+        _check_executor(request, device, out)
         _check_links(request, plan, storage)
-        whole_files = tuple(map(under_way_bytes, file_pieces(plan))) if storage.takes_files else ()
-        budget = _budget(request, plan, whole_files, on_gpu=device != "cpu")
+        budget, wish = _allotted(request, plan, wish, storage, device)
         summary = plan.summary(budget.n_workers, budget.peak_bytes, storage.free_bytes(out))
         expected = estimate(plan, budget.n_workers, is_full=request.verify == "full")
         summary = replace(summary, read_bytes=expected.read_bytes, seconds=expected.seconds)
@@ -199,53 +195,6 @@ def prepare(
         part,
         _copies(request, storage, wish),
         is_made,
-    )
-
-
-def _place(request: Request, *, dry_run: bool) -> tuple[str, Storage]:
-    """Return the absolute path or URL of the output, and the storage that it goes to.
-
-    Raises:
-        ResolveError: the text cannot be a path or a URL.
-        WriteError: it is in a store that does not take the output.
-    """
-    storage = storage_of(request.out)
-    out = storage.path(request.out)
-    # Processes that share an output on a filesystem write whole files, too: no two of them write into one page.
-    if (request.seal or request.part) and not storage.takes_files:
-        out = f"file://{out}"
-        storage = storage_of(out)
-    if storage.takes_files and not dry_run:
-        _check_place(request, out, storage)
-    return out, storage
-
-
-def _check_place(request: Request, out: str, storage: Storage) -> None:
-    """Check that a store takes the output, before a base or an adapter is read from another one.
-
-    Raises:
-        LoraMergeError: it does not.
-    """
-    wish = _wish(request, out)
-    # Of a complete output nothing is written, so no right is needed.
-    if finds_whole(wish, storage):
-        return
-    # A name that is taken is left alone. The check that knows the inputs says more about it.
-    try:
-        storage.check_replaceable(wish)
-    except WriteError:
-        return
-    storage.check_writable(out)
-
-
-def _wish(request: Request, out: str, planned: Planned | None = None) -> Wish:
-    """Return what the run wants of the place of its output; without a plan, without what only that knows."""
-    shared: Literal["", "part", "seal"] = "seal" if request.seal else "part" if request.part else ""
-    wish = Wish(out, request.resume or bool(shared), request.overwrite, MARKS, (), (), shared)
-    if planned is None:
-        return wish
-    return replace(
-        wish, inputs=planned.read_files(), stored_inputs=planned.stored_files(), told=told_of(planned)
     )
 
 
@@ -303,8 +252,8 @@ def _device(request: Request, watch: Observer, *, dry_run: bool) -> tuple[str, *
     return device, issue
 
 
-def _check_executor(request: Request, device: str) -> None:
-    """Check that the executor can run workers of a device.
+def _check_executor(request: Request, device: str, out: str) -> None:
+    """Check that the executor can run workers of a device, and for an output.
 
     Raises:
         RequestError: it cannot.
@@ -312,6 +261,11 @@ def _check_executor(request: Request, device: str) -> None:
     if request.executor not in {"auto", "serial", "threads"} and device != "cpu":
         sentence = f"is {request.executor}, but {device} works with threads only"
         raise RequestError("", 0, "executor", sentence, hint="leave out --executor, or use --device cpu")
+    if request.executor not in {"auto", "serial", "threads"} and is_on_hub(out):
+        sentence = f"is {request.executor}, but the files of {out} come together in one process"
+        raise RequestError(
+            "", 0, "executor", sentence, hint="leave out --executor, or write to a store first"
+        )
     if request.executor == "processes" and request.stream_base and request.token:
         sentence = "is processes, which are not given the token of --token, and each of them reads the base from the Hub"
         raise RequestError("", 0, "executor", sentence, hint="set HF_TOKEN instead of --token")
@@ -331,6 +285,23 @@ def _check_links(request: Request, plan: MergePlan, storage: Storage) -> None:
     if not is_local(plan.base):
         sentence = f"is {request.link}, but the base is read by its URL ({plan.base}), and only local files have links"
         raise RequestError("", 0, "link", sentence, hint="leave out --link, or pass the base's directory")
+
+
+def _allotted(
+    request: Request, plan: MergePlan, wish: Wish, storage: Storage, device: str
+) -> tuple[Budget, Wish]:
+    """Return the workers of a run, and what it wants of its place: on the Hub, also the bytes that wait on this disk.
+
+    Raises:
+        RequestError: one worker alone needs more memory, or one file more disk, than the request allows.
+    """
+    pieces = file_pieces(plan) if storage.takes_files else []
+    budget = _budget(request, plan, tuple(map(under_way_bytes, pieces)), on_gpu=device != "cpu")
+    if wish.push is None:
+        return budget, wish
+    sizes = [sum(file.nbytes for file in piece.files) for piece in pieces]
+    n_workers, nbytes = spooled(wish.push, request, sizes, budget.n_workers)
+    return replace(budget, n_workers=n_workers), replace(wish, push=replace(wish.push, spool_bytes=nbytes))
 
 
 def _budget(request: Request, plan: MergePlan, whole_files: Sequence[int], *, on_gpu: bool) -> Budget:

@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Observer, Report, Silence
+from lora_merge.errors import LoraMergeError
 from lora_merge.merging.headline import Work, announce
 from lora_merge.merging.preparing import Made, Prepared, prepare
+from lora_merge.merging.pushing import placed, push_made
 from lora_merge.merging.writing import write
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def run(
         LoraMergeError: see `lora_merge.errors`. No output was created, and what had the output's name before is
             untouched.
     """
-    watch = observer or Silence()
+    watch, request = observer or Silence(), placed(request)
     prepared = prepare(request, watch, dry_run=dry_run)
     if dry_run:
         report = prepared.report()
@@ -42,7 +44,7 @@ def run(
         return replace(report, foreseen=foresee(prepared.planned.plan, watch))
     if prepared.is_made:
         prepared.storage.clear_spent(prepared.wish)
-        return prepared.report(Made())
+        return prepared.report(Made(pushed=push_made(prepared.planned, prepared.out, watch)))
     announce(watch, Work(prepared.headline, sum(step.nbytes for step in prepared.planned.plan.steps)))
     (done,) = carry_out([prepared], watch)
     if isinstance(done, Exception):
@@ -63,4 +65,14 @@ def carry_out(group: Sequence[Prepared], watch: Observer) -> Iterator[Report | E
     # (`batches.groups`); tiles must suit the output with the least room.
     smallest = min((one.budget for one in group), key=lambda budget: (budget.n_workers, budget.tile_elements))
     for one, made in zip(group, write(group, smallest, watch), strict=True):
-        yield made.error or one.report(made)
+        yield made.error or _with_push(one, made, watch)
+
+
+def _with_push(prepared: Prepared, made: Made, watch: Observer) -> Report | Exception:
+    """Return the report of an output of this disk that is pushed too, or the error of the push: the output stays."""
+    try:
+        return prepared.report(
+            replace(made, pushed=made.pushed or push_made(prepared.planned, prepared.out, watch))
+        )
+    except LoraMergeError as exc:
+        return exc

@@ -248,6 +248,7 @@ class Staged:
             clock.seconds,
             clock.busy_seconds,
             copied,
+            "" if error else self.place.seen_at,
             error,
         )
 

@@ -19,6 +19,8 @@ Shell = Literal["bash", "zsh", "fish"]
 
 Link = Literal["copy", "reflink", "hard"]
 Copies = Literal["auto", "store", "stream"]
+UploadWay = Literal["spool", "stream"]
+Visibility = Literal["private", "public"]
 Naming = Literal["v4", "v5"]
 """Major versions of transformers whose names modules can have."""
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
         OutputStorage,
         ProofLevel,
         RoundingMethod,
+        UploadWay,
         VerifyLevel,
+        Visibility,
     )
     from lora_merge.requests.inputs import AdapterPaths
 
@@ -147,6 +149,30 @@ class MergeOptions(PlanOptions, total=False):
 
     seal: bool
     """Verify and publish an output whose parts are all made."""
+
+    push_to_hub: str | None
+    """Push the output to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without
+    --out, nothing stays on this machine."""
+
+    revision: str | None
+    """Branch to push to. It is created if it does not exist. Default: main."""
+
+    visibility: Visibility | None
+    """``private``: A repo that does not exist is created as a private one. This is the default. ``public``: A
+    repo that does not exist is created as a public one."""
+
+    create_pr: bool
+    """Leave a pull request open. By default it is merged when the output is complete."""
+
+    commit_message: str | None
+    """Message of the commit. Default: what was merged."""
+
+    upload: UploadWay
+    """How weight files get to the Hub. spool: each one is written to this disk, uploaded and removed. stream:
+    uploaded while they are made. Default: spool."""
+
+    spool_limit: str | int | None
+    """Disk to use at most for the spool, such as 20GB. TMPDIR moves it. Default: 20GB, or one file."""
 
     report: str | PathLike[str] | None
     """Write the result as an HTML page. It includes errors, and needs no network to be shown."""
@@ -325,6 +351,23 @@ class ConvertOptions(TypedDict, total=False):
     offline: bool
     """Use the local cache only. No network access."""
 
+    push_to_hub: str | None
+    """Push the adapter to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without
+    --out, nothing stays on this machine."""
+
+    revision: str | None
+    """Branch to push to. It is created if it does not exist. Default: main."""
+
+    visibility: Visibility | None
+    """``private``: A repo that does not exist is created as a private one. This is the default. ``public``: A
+    repo that does not exist is created as a public one."""
+
+    create_pr: bool
+    """Leave a pull request open. By default it is merged when the output is complete."""
+
+    commit_message: str | None
+    """Message of the commit. Default: what was merged."""
+
 
 class ExtractOptions(TypedDict, total=False):
     """Keywords of `lora_merge.extract`."""
@@ -358,3 +401,20 @@ class ExtractOptions(TypedDict, total=False):
 
     offline: bool
     """Use the local cache only. No network access."""
+
+    push_to_hub: str | None
+    """Push the adapter to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without
+    --out, nothing stays on this machine."""
+
+    revision: str | None
+    """Branch to push to. It is created if it does not exist. Default: main."""
+
+    visibility: Visibility | None
+    """``private``: A repo that does not exist is created as a private one. This is the default. ``public``: A
+    repo that does not exist is created as a public one."""
+
+    create_pr: bool
+    """Leave a pull request open. By default it is merged when the output is complete."""
+
+    commit_message: str | None
+    """Message of the commit. Default: what was merged."""

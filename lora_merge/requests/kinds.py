@@ -19,7 +19,9 @@ from lora_merge.requests.choices import (
     ProofLevel,
     RoundingMethod,
     Shell,
+    UploadWay,
     VerifyLevel,
+    Visibility,
 )
 from lora_merge.requests.inputs import path_text, switch, texts
 from lora_merge.requests.option import Kind
@@ -92,6 +94,11 @@ FORMAT = Kind(
 LEVEL = Kind("ProofLevel", values.parse_choice(ProofLevel, "level"), choices=get_args(ProofLevel))
 EXECUTOR = Kind("str", values.parse_name(_executors, "executor"), names=_executors)
 COPIES = Kind("Copies", values.parse_choice(Copies, "way to copy"), choices=get_args(Copies))
+UPLOAD = Kind("UploadWay", values.parse_choice(UploadWay, "way to upload"), choices=get_args(UploadWay))
+VISIBILITY = Kind("Visibility", values.parse_choice(Visibility, "visibility"))
+REPO = Kind("str", path_text, "ORG/NAME")
+BRANCH = Kind("str", values.parse_branch, "BRANCH")
+MESSAGE = Kind("str", values.parse_message, "TEXT")
 LINK = Kind("Link", values.parse_choice(Link, "way to link"), _shown(Link))
 SHELL = Kind("Shell", values.parse_choice(Shell, "shell"), choices=get_args(Shell))
 NAMING = Kind("Naming", values.parse_choice(Naming, "naming"), choices=get_args(Naming))

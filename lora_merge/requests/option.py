@@ -140,6 +140,9 @@ class Option:
     in_python: bool = True
     """False for a field that the Python function does not take."""
 
+    instead: str = ""
+    """Another option. Where it is given, this one need not be."""
+
     is_secret: bool = False
     """True for a value that messages and ``repr`` must not repeat."""
 

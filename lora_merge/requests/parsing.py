@@ -64,11 +64,21 @@ def parse_request(
     # click gives an empty tuple for a repeatable option that was not given.
     given = {name: value for name, value in values.items() if value is not None and value != ()}
     fields = {**(defaults or {}), **given}
+    fields = {**left_out(VERBS[kind], fields), **fields}
     for option in fields_of(VERBS[kind]):
         if option.name in given or (option.is_required and option.name not in fields):
             # A missing required field is parsed as None, so that its own parser says what is wrong.
             fields[option.name] = _parsed(option, values.get(option.name))
     return kind(**fields)
+
+
+def left_out(verb: Verb, values: Mapping[str, Any]) -> dict[str, str]:
+    """Return an empty text for each required field that need not be given, since another one is (`Option.instead`)."""
+    return {
+        option.name: ""
+        for option in fields_of(verb)
+        if option.instead and values.get(option.instead) and not values.get(option.name)
+    }
 
 
 def parse_keywords(

@@ -19,7 +19,9 @@ from lora_merge.requests.choices import (
     OutputStorage,
     ProofLevel,
     RoundingMethod,
+    UploadWay,
     VerifyLevel,
+    Visibility,
 )
 
 
@@ -32,7 +34,7 @@ class Request:
     URL as s3://bucket/folder. A weight may follow: my-lora:0.5. May be repeated, see --combine."""
 
     out: str
-    """Directory to create, or a URL. It begins with s3://, gs://, az:// or file:///."""
+    """Directory to create, or a URL. It begins with s3://, gs://, az://, hf:// or file:///."""
 
     base: str | None = None
     """Base model: directory, repo or URL. A repo is written as org/name or org/name@revision, a URL as
@@ -147,6 +149,30 @@ class Request:
 
     seal: bool = False
     """Verify and publish an output whose parts are all made."""
+
+    push_to_hub: str | None = None
+    """Push the output to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without
+    --out, nothing stays on this machine."""
+
+    revision: str | None = None
+    """Branch to push to. It is created if it does not exist. Default: main."""
+
+    visibility: Visibility | None = None
+    """``private``: A repo that does not exist is created as a private one. This is the default. ``public``: A
+    repo that does not exist is created as a public one."""
+
+    create_pr: bool = False
+    """Leave a pull request open. By default it is merged when the output is complete."""
+
+    commit_message: str | None = None
+    """Message of the commit. Default: what was merged."""
+
+    upload: UploadWay = "spool"
+    """How weight files get to the Hub. spool: each one is written to this disk, uploaded and removed. stream:
+    uploaded while they are made. Default: spool."""
+
+    spool_limit: str | int | None = None
+    """Disk to use at most for the spool, such as 20GB. TMPDIR moves it. Default: 20GB, or one file."""
 
     report: str | None = None
     """Write the result as an HTML page. It includes errors, and needs no network to be shown."""
@@ -349,6 +375,23 @@ class ConvertRequest:
     offline: bool = False
     """Use the local cache only. No network access."""
 
+    push_to_hub: str | None = None
+    """Push the adapter to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without
+    --out, nothing stays on this machine."""
+
+    revision: str | None = None
+    """Branch to push to. It is created if it does not exist. Default: main."""
+
+    visibility: Visibility | None = None
+    """``private``: A repo that does not exist is created as a private one. This is the default. ``public``: A
+    repo that does not exist is created as a public one."""
+
+    create_pr: bool = False
+    """Leave a pull request open. By default it is merged when the output is complete."""
+
+    commit_message: str | None = None
+    """Message of the commit. Default: what was merged."""
+
     __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True}
 
 
@@ -394,5 +437,22 @@ class ExtractRequest:
 
     offline: bool = False
     """Use the local cache only. No network access."""
+
+    push_to_hub: str | None = None
+    """Push the adapter to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without
+    --out, nothing stays on this machine."""
+
+    revision: str | None = None
+    """Branch to push to. It is created if it does not exist. Default: main."""
+
+    visibility: Visibility | None = None
+    """``private``: A repo that does not exist is created as a private one. This is the default. ``public``: A
+    repo that does not exist is created as a public one."""
+
+    create_pr: bool = False
+    """Leave a pull request open. By default it is merged when the output is complete."""
+
+    commit_message: str | None = None
+    """Message of the commit. Default: what was merged."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True}

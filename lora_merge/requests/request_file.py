@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.errors import RequestError
-from lora_merge.requests.parsing import REQUESTS, VERBS, AnyRequest, parse_values
+from lora_merge.requests.parsing import REQUESTS, VERBS, AnyRequest, left_out, parse_values
 from lora_merge.requests.request import Request
 from lora_merge.requests.table import fields_of
 from lora_merge.requests.yaml_file import key_lines, parse_yaml
@@ -44,6 +44,7 @@ def read_request(
     lines = key_lines(path, node)
     # Later ones win.
     values = {**(defaults or {}), **values, **overrides}
+    values |= left_out("merge", values)
     keys = [option.key for option in fields_of("merge")]
     for key in values:
         if key not in keys:

@@ -13,6 +13,7 @@ from lora_merge.requests.option import REQUIRED, Option, Verb
 
 _ALL: Final[tuple[Verb, ...]] = ("merge", "plan", "verify", "inspect", "convert", "extract", "batch")
 _MERGES: Final[tuple[Verb, ...]] = ("merge", "plan")
+_PUSHES: Final[tuple[Verb, ...]] = ("merge", "convert", "extract")
 
 _VERIFY: tuple[Option, ...] = (
     Option(
@@ -122,9 +123,10 @@ _ADAPTERS: tuple[Option, ...] = (
         ("convert", "extract"),
         kinds.FOLDER,
         "Directory to create.",
-        "required",
+        "required, unless --push-to-hub is given",
         short="-o",
         default=REQUIRED,
+        instead="push_to_hub",
     ),
     Option(
         "serving",
@@ -558,10 +560,11 @@ _WRITING: tuple[Option, ...] = (
         "out",
         ("merge",),
         kinds.OUTPUT,
-        "Directory to create, or a URL. It begins with s3://, gs://, az:// or file:///.",
-        "required",
+        "Directory to create, or a URL. It begins with s3://, gs://, az://, hf:// or file:///.",
+        "required, unless --push-to-hub is given",
         short="-o",
         default=REQUIRED,
+        instead="push_to_hub",
     ),
     Option(
         "device",
@@ -674,6 +677,77 @@ _WRITING: tuple[Option, ...] = (
     ),
 )
 
+_PUSHING: tuple[Option, ...] = (
+    Option(
+        "push_to_hub",
+        ("merge",),
+        kinds.REPO,
+        "Push the output to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without --out, "
+        "nothing stays on this machine.",
+    ),
+    Option(
+        "push_to_hub",
+        ("convert", "extract"),
+        kinds.REPO,
+        "Push the adapter to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without --out, "
+        "nothing stays on this machine.",
+    ),
+    Option(
+        "revision",
+        _PUSHES,
+        kinds.BRANCH,
+        "Branch to push to. It is created if it does not exist.",
+        "default: main",
+    ),
+    Option(
+        "visibility",
+        _PUSHES,
+        kinds.VISIBILITY,
+        "A repo that does not exist is created as a private one. This is the default.",
+        flag="--private",
+        sets="private",
+    ),
+    Option(
+        "visibility",
+        _PUSHES,
+        kinds.VISIBILITY,
+        "A repo that does not exist is created as a public one.",
+        flag="--public",
+        sets="public",
+    ),
+    Option(
+        "create_pr",
+        _PUSHES,
+        kinds.SWITCH,
+        "Leave a pull request open. By default it is merged when the output is complete.",
+        can_be_off=True,
+        default=False,
+    ),
+    Option(
+        "commit_message",
+        _PUSHES,
+        kinds.MESSAGE,
+        "Message of the commit.",
+        "default: what was merged",
+    ),
+    Option(
+        "upload",
+        ("merge",),
+        kinds.UPLOAD,
+        "How weight files get to the Hub. spool: each one is written to this disk, uploaded and removed. stream: uploaded "
+        "while they are made.",
+        "default: spool",
+        default="spool",
+    ),
+    Option(
+        "spool_limit",
+        ("merge",),
+        kinds.SIZE,
+        "Disk to use at most for the spool, such as 20GB. TMPDIR moves it.",
+        "default: 20GB, or one file",
+    ),
+)
+
 _HELPING: tuple[Option, ...] = (
     Option(
         "shell",
@@ -733,6 +807,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
     *_RUNNING_A_BATCH,
     *_EVERYWHERE,
     *_WRITING,
+    *_PUSHING,
     *_HELPING,
     *_REPORTING,
     *_SPEAKING,

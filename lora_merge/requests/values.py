@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # More than the side of any matrix, and more threads than any machine can run.
 MOST_RANK: Final = 1 << 16
 MOST_WORKERS: Final = 1024
+MOST_MESSAGE: Final = 200
 
 _SHORT_DTYPES: Final[Mapping[str, OutputDtype]] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -135,6 +136,32 @@ def parse_name(names: Names, name: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def parse_branch(text: object) -> str:
+    """Return the name of a branch.
+
+    Raises:
+        ValueError: Git does not allow it, or it is not one.
+    """
+    if not isinstance(text, str) or not re.fullmatch(r"(?!refs/|[/.-])(?!.*\.\.)[\w./-]+(?<![/.])", text):
+        raise ValueError(f"is {shown(text)}, expected the name of a branch, such as main")
+    return text
+
+
+def parse_message(text: object) -> str:
+    """Return the message of a commit.
+
+    Raises:
+        ValueError: it is empty, or too long for the title of a pull request.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("is empty, expected the message of a commit")
+    if "\n" in text or len(text) > MOST_MESSAGE:
+        raise ValueError(
+            f"is too long or has several lines, expected one line of at most {MOST_MESSAGE} characters"
+        )
+    return text.strip()
 
 
 def parse_dtype(text: str) -> OutputDtype:

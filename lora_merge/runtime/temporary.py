@@ -20,11 +20,12 @@ _LOCK = ".lock"
 _FOLDERS: set[weakref.finalize] = set()  # type: ignore[type-arg] # of objects of any kind
 
 
-def folder_for(owner: object) -> Path:
+def folder_for(owner: object, place: Path | None = None) -> Path:
     """Return a new empty folder below the folder for temporary files. It is removed when its owner is.
 
     Args:
         owner: any object that can have weak references.
+        place: another folder than the one for temporary files.
 
     Raises:
         OSError: it cannot be made.
@@ -32,10 +33,11 @@ def folder_for(owner: object) -> Path:
     import shutil
     import tempfile  # few runs need either
 
-    for left in _left_behind(Path(tempfile.gettempdir())):
+    place = place or Path(tempfile.gettempdir())
+    for left in _left_behind(place):
         shutil.rmtree(left, ignore_errors=True)
     # Resolved, since readers resolve paths too, and the two are compared.
-    home = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
+    home = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place)).resolve()
     fd = _locked(home / _LOCK, os.O_CREAT)
     folder = home / "files"
     folder.mkdir()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from lora_merge.core.tensor import TensorRecord
+from lora_merge.storage.hub.uploads.push import Push
 
 if TYPE_CHECKING:
     import contextlib
@@ -49,6 +50,12 @@ class Wish:
     """How this run has a share in an output that several make: it makes some files, or completes what is made. Empty for a run that
     makes all of it.
     """
+
+    push: Push | None = None
+    """Of an output on the Hub: the repo, and how it is written to."""
+
+    card: str = ""
+    """The model card as far as it is known before the merge: its front matter is complete. Empty where it is not known."""
 
     told: Mapping[str, str] = field(default_factory=dict)
     """What the merge is, for another run that finds this one's lock: ``base``, ``adapters``, ``--dtype``, versions."""
@@ -136,6 +143,10 @@ class Destination(Protocol):
     @property
     def weights(self) -> str:
         """Where weight files can be read, if not in `root` (``scheme://…/folder``); else empty."""
+
+    @property
+    def seen_at(self) -> str:
+        """Where people see the output after `commit`, if that is not its name; else empty."""
 
     @property
     def files(self) -> FilePlace | None:
@@ -303,7 +314,7 @@ class Storage(Protocol):
             WriteError: it may not.
         """
 
-    def check_writable(self, out: str) -> None:
+    def check_writable(self, wish: Wish) -> None:
         """Check that an output can be written: permissions, and a disk that is not read-only.
 
         Raises:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.storage.hub.uploads.output import HubDestination
+from lora_merge.storage.hub.uploads.push import SCHEME
 from lora_merge.storage.local_output import LocalDestination
 from lora_merge.storage.objects.urls import SHAPES
 from lora_merge.storage.store_output import StoreDestination
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 STORAGES: Mapping[str, Storage] = {
     "": LocalDestination,
     **dict.fromkeys(SHAPES, StoreDestination),
+    SCHEME: HubDestination,
 }
 """Scheme of a URL → storage; the empty one is for plain paths."""
 

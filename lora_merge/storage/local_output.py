@@ -170,13 +170,13 @@ class LocalDestination:
         )
 
     @staticmethod
-    def check_writable(out: str) -> None:
+    def check_writable(wish: Wish) -> None:
         """Check that the output's directory can be made and written.
 
         Raises:
             WriteError: it cannot.
         """
-        staging.check_writable(Path(out))
+        staging.check_writable(Path(wish.out))
 
     @staticmethod
     def free_bytes(out: str) -> int:
@@ -194,6 +194,11 @@ class LocalDestination:
     def root(self) -> Path:
         """The staged directory that will be the output."""
         return self._stage.output
+
+    @property
+    def seen_at(self) -> str:
+        """Empty: people see the output under its name."""
+        return ""
 
     @property
     def weights(self) -> str:

@@ -7,34 +7,32 @@ yet, whatever else is there.
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 import zlib
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Never
 
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE
 from lora_merge.errors import ChangedError, CheckpointError, ResolveError, WriteError
-from lora_merge.storage import dirs, store_published
+from lora_merge.storage import store_published
 from lora_merge.storage.destination import Left
-from lora_merge.storage.folder import Folder
 from lora_merge.storage.objects import store_at
 from lora_merge.storage.objects.settings import PROBE
 from lora_merge.storage.owners import close_folder
+from lora_merge.storage.shadow import shadow
 from lora_merge.storage.store_names import check_apart, check_free, check_may_write, locked, output_url
 from lora_merge.storage.store_staging import Run, StoreFiles, StoreStaging
 from lora_merge.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from lora_merge.core.shards import OutputFile
     from lora_merge.core.tensor import TensorRecord
     from lora_merge.storage.destination import Published, Wish
     from lora_merge.storage.dirs import Listing
+    from lora_merge.storage.evidence import Finished
     from lora_merge.storage.objects.urls import StoreUrl
-    from lora_merge.storage.store_staging import Finished
 
 _UNKNOWN_BYTES = 1 << 60
 """Free bytes of a store: none of them says."""
@@ -57,7 +55,7 @@ class StoreDestination:
         self._url, self._wish = url, wish
         self._store, self._staging = store_at(url), StoreStaging(url)
         self._held = contextlib.ExitStack()
-        self._shadow = _shadow(self._held)
+        self._shadow = shadow(self._held)
         self._run: Run | None = None
         """This run, once it has the lock."""
 
@@ -129,13 +127,13 @@ class StoreDestination:
         check_free(url, wish, store_at(url).entries(), StoreStaging(url).run())
 
     @staticmethod
-    def check_writable(out: str) -> None:
+    def check_writable(wish: Wish) -> None:
         """Check that files can be made and deleted in the output's prefix, and in staging beside it.
 
         Raises:
             WriteError: they cannot.
         """
-        check_may_write(output_url(out))
+        check_may_write(output_url(wish.out))
 
     @staticmethod
     def free_bytes(out: str) -> int:
@@ -152,6 +150,11 @@ class StoreDestination:
     def weights(self) -> str:
         """The URL of the output, below which weight files can be read."""
         return str(self._url)
+
+    @property
+    def seen_at(self) -> str:
+        """Empty: people see the output under its name."""
+        return ""
 
     @property
     def files(self) -> StoreFiles:
@@ -386,11 +389,3 @@ class StoreDestination:
         own = self._planned - set(run.old) | {one.file for one in self._staging.finished(run.merge)}
         self._store.delete(sorted(own & self._store.entries().keys()))
         self._staging.clear()
-
-
-def _shadow(held: contextlib.ExitStack) -> Folder:
-    """Return a new temporary directory; it is removed with the stack."""
-    path = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="lora-merge-")))
-    fd = dirs.open_directory(path)
-    held.callback(os.close, fd)
-    return Folder.of(path, fd)

@@ -12,15 +12,14 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from lora_merge.core.tensor import TensorRecord
 from lora_merge.errors import WriteError
 from lora_merge.storage.at_once import of_each
-from lora_merge.storage.journal import record_of
+from lora_merge.storage.evidence import evidence_of, evidence_text
 from lora_merge.storage.objects import store_at
-from lora_merge.storage.objects.store import AlreadyThereError, Receipt
+from lora_merge.storage.objects.store import AlreadyThereError
 from lora_merge.storage.objects.urls import StoreUrl
 from lora_merge.storage.replaceable import SUFFIX
 from lora_merge.words import duration_text
@@ -29,7 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
     from contextlib import AbstractContextManager
 
-    from lora_merge.storage.objects.store import Entry, FileSink, Store
+    from lora_merge.core.tensor import TensorRecord
+    from lora_merge.storage.evidence import Finished
+    from lora_merge.storage.objects.store import FileSink, Receipt, Store
 
 RUN, SEALED, FILES = "run.json", "sealed.json", "files/"
 """Names in staging: the lock, the mark of an output that lacks its configuration only, and the folder of evidence."""
@@ -156,31 +157,7 @@ class StoreFiles:
         Raises:
             WriteError: the store refused it.
         """
-        table = {
-            "merge": self.merge,
-            "nbytes": receipt.nbytes,
-            "version": receipt.version,
-            "checksum": receipt.checksum,
-            "records": list(map(astuple, records)),
-        }
-        store_at(beside(self.url)).put(f"{FILES}{file}.json", json.dumps(table).encode())
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A file that is whole: what the store said of it, and the evidence of its tensors."""
-
-    file: str
-    receipt: Receipt
-    records: tuple[TensorRecord, ...]
-
-    def is_there(self, entries: Mapping[str, Entry]) -> bool:
-        """Return True when the store still has this version of the file."""
-        entry = entries.get(self.file)
-        return entry is not None and (entry.nbytes, entry.version) == (
-            self.receipt.nbytes,
-            self.receipt.version,
-        )
+        store_at(beside(self.url)).put(f"{FILES}{file}.json", evidence_text(self.merge, receipt, records))
 
 
 def beside(url: StoreUrl) -> StoreUrl:
@@ -283,7 +260,7 @@ class StoreStaging:
         names = sorted(name for name in entries if name.startswith(FILES) and name.endswith(".json"))
         # All at once: each answer takes as long as the way to the store and back.
         found = zip(names, of_each(self._store.get, names), strict=True)
-        read = [_finished(name, content, merge) for name, content in found]
+        read = [evidence_of(_file_of(name), content, merge) for name, content in found]
         return [one for one in read if one is not None]
 
     def n_finished(self) -> int:
@@ -315,14 +292,6 @@ class StoreStaging:
         self._store.remove_folder()
 
 
-def _finished(name: str, content: bytes, merge: str) -> Finished | None:
-    """Return the evidence in an object; None where it is of another merge, or broken."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        table: dict[str, Any] = json.loads(content)
-        if table["merge"] == merge:
-            records = tuple(map(record_of, table["records"]))
-            if all(record is not None for record in records):
-                receipt = Receipt(int(table["nbytes"]), str(table["version"]), str(table["checksum"]))
-                file = name.removeprefix(FILES).removesuffix(".json")
-                return Finished(file, receipt, tuple(one for one in records if one is not None))
-    return None
+def _file_of(name: str) -> str:
+    """Return the file that a piece of evidence in staging is about."""
+    return name.removeprefix(FILES).removesuffix(".json")
