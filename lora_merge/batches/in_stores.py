@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 from lora_merge.batches.up_to_date import Standing
 from lora_merge.core.report import note
 from lora_merge.merging.made_already import other_than
-from lora_merge.merging.output_place import MARKS
+from lora_merge.merging.output_place import MARKS, place_of_job
 from lora_merge.merging.pushing import is_on_hub, push_of
 from lora_merge.storage.destination import Wish
-from lora_merge.storage.destinations import storage_of
 
 if TYPE_CHECKING:
     from lora_merge.planning.run import Planned
@@ -44,6 +43,6 @@ def place_of_output(request: Request) -> tuple[Storage, Wish]:
     Raises:
         ResolveError: the text cannot be a path or a URL.
     """
-    storage = storage_of(request.out)
-    wish = Wish(storage.path(request.out), resume=True, overwrite=False, marks=MARKS, inputs=())
+    out, storage = place_of_job(request)
+    wish = Wish(out, resume=True, overwrite=False, marks=MARKS, inputs=())
     return storage, replace(wish, push=push_of(request) if is_on_hub(request.out) else None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from lora_merge import executors
+from lora_merge.merging.on_cluster import cluster_for_others
 from lora_merge.requests.request import ConvertRequest, Request
 
 
@@ -23,3 +25,18 @@ class Job:
     def kind(self) -> Literal["merge", "convert"]:
         """The kind of its request."""
         return "merge" if isinstance(self.request, Request) else "convert"
+
+
+def job_elsewhere(job: Job, n_workers: int) -> Job:
+    """Return a job for another process of this machine, which has a share of the threads, or the same cluster.
+
+    Args:
+        job: as it was asked for.
+        n_workers: threads, unless the job says how many.
+    """
+    match job.request:
+        case Request(executor=executors.RAY) as request:
+            return replace(job, request=replace(request, ray_address=cluster_for_others(request)))
+        case Request() as request:
+            return replace(job, request=replace(request, workers=request.workers or n_workers))
+    return job

@@ -7,13 +7,14 @@ import signal
 import time
 import traceback
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_merge import executors
 from lora_merge.batches.groups import fit_together, shortage
 from lora_merge.batches.in_stores import place_of_output, standing_in_store
-from lora_merge.batches.job import Job
+from lora_merge.batches.job import Job, job_elsewhere
 from lora_merge.batches.reports import BatchObserver, BatchReport, JobReport, State
 from lora_merge.batches.up_to_date import Standing, adapter_standing, standing
 from lora_merge.batches.work import work_of
@@ -122,11 +123,13 @@ class Batch:
             KeyboardInterrupt: passed on, after unfinished jobs got the state ``not run``.
         """
         try:
-            for task in self._tasks:
-                self._plan(task)
-            if not self._dry_run and self._goes_on():
-                self._announce()
-                self._carry_out_all(self._groups())
+            # One connection for all jobs that a cluster carries out.
+            with executors.connections():
+                for task in self._tasks:
+                    self._plan(task)
+                if not self._dry_run and self._goes_on():
+                    self._announce()
+                    self._carry_out_all(self._groups())
         finally:
             self._leave()
 
@@ -304,7 +307,7 @@ class Batch:
                 for task in groups[number]:
                     self._set(task, "running")
                 try:
-                    crew.begin((number, [task.job for task in groups[number]], n_workers))
+                    crew.begin((number, [job_elsewhere(task.job, n_workers) for task in groups[number]]))
                 except OSError as exc:
                     for task in groups[number]:
                         self._fail(task, WriteError(f"cannot start a process for this job ({exc.strerror})"))
@@ -327,8 +330,8 @@ class Batch:
                 self._set(task, report.state, report.message)
 
 
-_Errand = tuple[int, "list[Job]", int]
-"""A group of jobs on its way to another process: its number, and how many threads it may have."""
+_Errand = tuple[int, "list[Job]"]
+"""A group of jobs on its way to another process, with its number."""
 
 _Crew = Crew[_Errand, "list[JobReport]"]
 
@@ -337,15 +340,9 @@ def _elsewhere(errand: _Errand) -> list[JobReport]:
     """Carry out a group of jobs in this process, which exists for that alone."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)
-    _, jobs, n_workers = errand
-    own = [
-        replace(job, request=replace(job.request, workers=job.request.workers or n_workers))
-        if isinstance(job.request, Request)
-        else job
-        for job in jobs
-    ]
+    _, jobs = errand
     # Whether the batch goes on after a failure is decided by the parent.
-    batch = Batch(own, _Silent(), keep_going=True)
+    batch = Batch(jobs, _Silent(), keep_going=True)
     with contextlib.suppress(KeyboardInterrupt):
         batch.run()
     be_idle()

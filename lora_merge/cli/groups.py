@@ -54,7 +54,7 @@ GROUPS: Final[tuple[Group, ...]] = (
     Group(
         "Output",
         ("out", "serving", "format", "dtype", "overwrite", "resume"),
-        ("max_shard_size", "link", "copies", "part", "seal"),
+        ("max_shard_size", "link", "copies"),
     ),
     Group(
         "Push to the Hub",
@@ -69,9 +69,10 @@ GROUPS: Final[tuple[Group, ...]] = (
     ),
     Group(
         "Machine and Hub",
-        ("device", "jobs", "offline"),
-        ("stream_base", "token", "memory_limit", "workers", "executor"),
+        ("device", "jobs"),
+        ("offline", "stream_base", "token", "memory_limit", "workers"),
     ),
+    Group("Cluster", (), ("executor", "ray_address", "retries", "part", "seal")),
     Group(
         "Messages",
         ("full", "plot", "report", "json", "log_file", "quiet", "verbose"),

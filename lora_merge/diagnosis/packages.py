@@ -24,10 +24,11 @@ _PURPOSES: Final = {
     "modelscope": "repos of ModelScope (ms://…)",
     "obstore": "object stores (s3://…, gs://…, az://…)",
     "boto3": "profiles of AWS, and copies that S3 makes by itself",
+    "ray": "--executor ray",
     "matplotlib": "inspect --plot FILE.png or FILE.svg",
 }
 _EVERY = "every merge"
-_EXTRAS: Final = ("", "full", "gguf", "modelscope", "objects", "plot", "s3")
+_EXTRAS: Final = ("", "full", "gguf", "modelscope", "objects", "plot", "ray", "s3")
 _BESIDE: Final = ("accelerate", "bitsandbytes", "triton")
 """Packages that lora-merge does not ask for; their versions help to understand a report."""
 

@@ -6,6 +6,7 @@ order, one for each piece. The first error ends the run.
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from lora_merge.executors.work import Executor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from lora_merge.executors.ray.demand import Demand
 
 EXECUTORS: Mapping[str, Executor] = {
     "serial": run_serial,
@@ -34,21 +37,37 @@ IMPORTS: Mapping[str, tuple[str, ...]] = {
 }
 """Executor → modules that it alone uses, and imports when it begins."""
 
-__all__ = ["EXECUTORS", "IMPORTS", "Executor", "choices", "pick"]
+RAY = "ray"
+"""The executor whose workers are tasks on a Ray cluster. It is not in the table, since it needs a `Demand` too."""
+
+__all__ = ["EXECUTORS", "IMPORTS", "RAY", "Executor", "choices", "connections", "pick"]
 
 
 def choices() -> tuple[str, ...]:
     """Return the names that a user may ask for. ``cuda`` is not one: the device decides on it."""
-    return ("auto", *(name for name in EXECUTORS if name != "cuda"))
+    return ("auto", *(name for name in EXECUTORS if name != "cuda"), RAY)
 
 
-def pick(n_workers: int, device: str = "cpu", name: str = "auto") -> Executor:
+def connections() -> contextlib.AbstractContextManager[None]:
+    """Keep the connection to a cluster that is made inside, until the block ends."""
+    from lora_merge.executors.ray.cluster import held
+
+    return held()
+
+
+def pick(n_workers: int, device: str = "cpu", name: str = "auto", demand: Demand | None = None) -> Executor:
     """Return the executor for a number of workers on a torch device.
 
     Args:
         name: a key of `EXECUTORS`; ``auto``: threads, or no other thread than the caller's for one worker. A GPU has a
-            separate executor, whatever the name.
+            separate executor, whatever the name; but for ``ray``, whose tasks find one on their node.
+        demand: what a task of ``ray`` needs.
     """
+    if name == RAY:
+        from lora_merge.executors.ray.driving import run_ray
+
+        assert demand is not None
+        return partial(run_ray, demand=demand)
     if device != "cpu":
         return partial(run_cuda, device=device)
     # Never processes: each loads torch for itself, which takes seconds and some 260 MB.

@@ -297,7 +297,7 @@ def run_processes(
     if not pieces:
         return
     waiting = deque(pieces)
-    crew: Crew[work.Work, work.Result | _Raised] = Crew(
+    crew: Crew[work.Work, work.Result | Raised] = Crew(
         # is_deaf: signals are the parent's, also the SIGTERM that a service manager sends to each process.
         _Worker(spec),
         min(n_workers, len(pieces)),
@@ -309,7 +309,7 @@ def run_processes(
                 while waiting and crew.has_room:
                     _begin(crew, waiting.popleft())
                 for _, found in crew.results():
-                    yield _result(found)
+                    yield result_of(found)
         finally:
             while not crew.is_idle:
                 crew.results()
@@ -333,23 +333,23 @@ class _Worker(Generic[Work, Result]):
         self._stack = contextlib.ExitStack()
         self._made: list[Callable[[Work], Result]] = []
 
-    def __call__(self, piece: Work) -> Result | _Raised:
+    def __call__(self, piece: Work) -> Result | Raised:
         try:
             if not self._made:
                 self._made += self._stack.enter_context(self._spec.make(1))  # until the process ends
             return self._made[0](piece)
         except LoraMergeError as exc:
-            return _Raised(exc)
+            return Raised(exc)
 
 
 @dataclass(frozen=True, slots=True)
-class _Raised:
+class Raised:
     """A `LoraMergeError` on its way to the parent, which raises it again."""
 
     error: LoraMergeError
 
 
-def _result(found: Result | _Raised | Broken) -> Result:
+def result_of(found: Result | Raised | Broken) -> Result:
     """Return the result of a piece, or raise the error that came instead.
 
     Raises:
@@ -357,7 +357,7 @@ def _result(found: Result | _Raised | Broken) -> Result:
         BugError: the worker raised something else.
     """
     match found:
-        case _Raised(error):
+        case Raised(error):
             raise error
         case Broken("", text):
             raise WriteError(

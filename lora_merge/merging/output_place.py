@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.errors import RequestError, WriteError
+from lora_merge.executors import RAY
 from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.merging.made_already import finds_whole
 from lora_merge.merging.made_from import told_of
@@ -40,13 +41,33 @@ def place_of(request: Request, *, dry_run: bool) -> tuple[str, Storage]:
         hint = f"leave out --{option}, or write to a store, such as s3://bucket/folder, and push from there"
         sentence = f"is given, but {out} is on the Hub, where one process makes the whole output"
         raise RequestError("", 0, option, sentence, hint=hint)
-    # Processes that share an output on a filesystem write whole files, too: no two of them write into one page.
-    if (request.seal or request.part) and not storage.takes_files:
-        out = f"file://{out}"
-        storage = storage_of(out)
+    if _is_shared(request) and not storage.takes_files:
+        out, storage = _in_whole_files(out)
     if storage.takes_files and (is_on_hub(out) or not dry_run):
         _check_place(request, out, storage)
     return out, storage
+
+
+def place_of_job(request: Request) -> tuple[str, Storage]:
+    """Return the same for a job of a batch, before anything is checked.
+
+    Raises:
+        ResolveError: the text cannot be a path or a URL.
+    """
+    storage = storage_of(request.out)
+    out = storage.path(request.out)
+    return _in_whole_files(out) if _is_shared(request) and not storage.takes_files else (out, storage)
+
+
+def _is_shared(request: Request) -> bool:
+    """Return True where several processes may write, perhaps on several machines."""
+    return request.seal or request.part is not None or request.executor == RAY
+
+
+def _in_whole_files(out: str) -> tuple[str, Storage]:
+    # Processes that share an output on a filesystem write whole files, too: no two of them write into one page.
+    url = f"file://{out}"
+    return url, storage_of(url)
 
 
 def _check_place(request: Request, out: str, storage: Storage) -> None:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Report, Summary, Verdict, note, warning
 from lora_merge.core.tensor import Survival
 from lora_merge.errors import RequestError, WriteError
+from lora_merge.executors import RAY
 from lora_merge.merging.budget import Budget, allot
 from lora_merge.merging.by_file import file_pieces, under_way_bytes
 from lora_merge.merging.estimate import estimate
 from lora_merge.merging.headline import forewarn, merge_headline
 from lora_merge.merging.made_already import is_made_already
+from lora_merge.merging.on_cluster import connected_cpus, device_of_tasks, task_budget
 from lora_merge.merging.output_place import place_of, wish_of
 from lora_merge.merging.parts import Part, part_of
 from lora_merge.merging.pushing import check_push, is_on_hub, spooled
@@ -156,6 +158,8 @@ def prepare(
     out, storage = place_of(request, dry_run=dry_run)
     # Before anything is fetched or read: who meant a GPU may not want to wait.
     device, *issues = _device(request, watch, dry_run=dry_run)
+    # A cluster that does not answer is said before anything is fetched. A dry run needs none.
+    cpus = connected_cpus(request) if request.executor == RAY and not dry_run else None
     with clock("plan"), translate_out_of_memory("planning"):
         # A batch plans its jobs itself, to group them by base, and hands the plan in.
         planned = planned or plan_request(request, watch)
@@ -174,7 +178,7 @@ def prepare(
             storage.check_writable(wish)
         _check_executor(request, device, out)
         _check_links(request, plan, storage)
-        budget, wish = _allotted(request, plan, wish, storage, device)
+        budget, wish = _allotted(request, plan, wish, storage, device, cpus)
         summary = plan.summary(budget.n_workers, budget.peak_bytes, storage.free_bytes(out))
         expected = estimate(plan, budget.n_workers, is_full=request.verify == "full")
         summary = replace(summary, read_bytes=expected.read_bytes, seconds=expected.seconds)
@@ -238,6 +242,8 @@ def _device(request: Request, watch: Observer, *, dry_run: bool) -> tuple[str, *
         RequestError: the machine has CUDA devices, but not this one.
         PlanError: there is a warning, and ``--strict`` is set.
     """
+    if request.executor == RAY:
+        return (device_of_tasks(request),)
     try:
         device, why = pick_device(request.device)
     except NoDeviceError as exc:
@@ -258,7 +264,7 @@ def _check_executor(request: Request, device: str, out: str) -> None:
     Raises:
         RequestError: it cannot.
     """
-    if request.executor not in {"auto", "serial", "threads"} and device != "cpu":
+    if request.executor not in {"auto", "serial", "threads", RAY} and device != "cpu":
         sentence = f"is {request.executor}, but {device} works with threads only"
         raise RequestError("", 0, "executor", sentence, hint="leave out --executor, or use --device cpu")
     if request.executor not in {"auto", "serial", "threads"} and is_on_hub(out):
@@ -266,8 +272,8 @@ def _check_executor(request: Request, device: str, out: str) -> None:
         raise RequestError(
             "", 0, "executor", sentence, hint="leave out --executor, or write to a store first"
         )
-    if request.executor == "processes" and request.stream_base and request.token:
-        sentence = "is processes, which are not given the token of --token, and each of them reads the base from the Hub"
+    if request.executor in {"processes", RAY} and request.stream_base and request.token:
+        sentence = f"is {request.executor}, whose workers are not given the token of --token, and each of them reads the base from the Hub"
         raise RequestError("", 0, "executor", sentence, hint="set HF_TOKEN instead of --token")
 
 
@@ -288,15 +294,26 @@ def _check_links(request: Request, plan: MergePlan, storage: Storage) -> None:
 
 
 def _allotted(
-    request: Request, plan: MergePlan, wish: Wish, storage: Storage, device: str
+    request: Request, plan: MergePlan, wish: Wish, storage: Storage, device: str, cpus: int | None
 ) -> tuple[Budget, Wish]:
     """Return the workers of a run, and what it wants of its place: on the Hub, also the bytes that wait on this disk.
+
+    Args:
+        request: how many workers and how much memory are wanted.
+        plan: what is to be done.
+        wish: as far as it is known.
+        storage: of the output.
+        device: a torch device.
+        cpus: of the cluster; None where it is not known, or there is none.
 
     Raises:
         RequestError: one worker alone needs more memory, or one file more disk, than the request allows.
     """
     pieces = file_pieces(plan) if storage.takes_files else []
-    budget = _budget(request, plan, tuple(map(under_way_bytes, pieces)), on_gpu=device != "cpu")
+    whole_files, on_gpu = tuple(map(under_way_bytes, pieces)), device != "cpu"
+    if request.executor == RAY:
+        return task_budget(request, plan, whole_files, cpus, on_gpu=on_gpu), wish
+    budget = _budget(request, plan, whole_files, on_gpu=on_gpu)
     if wish.push is None:
         return budget, wish
     sizes = [sum(file.nbytes for file in piece.files) for piece in pieces]

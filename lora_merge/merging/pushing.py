@@ -142,7 +142,13 @@ def push_made(planned: Planned, root: str, watch: Observer) -> str:
     push = None if is_on_hub(root) else push_of(request, message_of(planned))
     if push is None:
         return ""
-    return push_folder(Path(root), push, (CONFIG_FILE, MANIFEST_FILE), watch, overwrite=request.overwrite)
+    return push_folder(
+        Path(root.removeprefix("file://")),
+        push,
+        (CONFIG_FILE, MANIFEST_FILE),
+        watch,
+        overwrite=request.overwrite,
+    )
 
 
 def spooled(push: Push, request: Request, files: Sequence[int], n_workers: int) -> tuple[int, int]:

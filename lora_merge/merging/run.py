@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lora_merge import executors
 from lora_merge.core.report import Observer, Report, Silence
 from lora_merge.errors import LoraMergeError
 from lora_merge.merging.headline import Work, announce
@@ -33,7 +34,11 @@ def run(
         LoraMergeError: see `lora_merge.errors`. No output was created, and what had the output's name before is
             untouched.
     """
-    watch, request = observer or Silence(), placed(request)
+    with executors.connections():
+        return _run(placed(request), observer or Silence(), dry_run=dry_run, survival=survival)
+
+
+def _run(request: Request, watch: Observer, *, dry_run: bool, survival: bool) -> Report:
     prepared = prepare(request, watch, dry_run=dry_run)
     if dry_run:
         report = prepared.report()

@@ -18,6 +18,7 @@ from lora_merge.merging import filling
 from lora_merge.merging.budget import Budget
 from lora_merge.merging.file_progress import FileProgress
 from lora_merge.merging.observer import Heard
+from lora_merge.merging.on_cluster import demand_of, lock_of, seen_elsewhere
 from lora_merge.merging.staged import Staged, take_place, take_up
 from lora_merge.merging.unchanged_inputs import check_names
 from lora_merge.merging.worker import CopySpec, FileSpec, MergeSpec, TorchLoading, short_switch_interval
@@ -151,13 +152,16 @@ class _Driver:
             place = output.place.files
             assert place is not None
             with self.progress.hearing(place, output.plan.files) as told:
+                is_elsewhere = output.prepared.request.executor == executors.RAY
+                inputs = _files([output])
                 spec = FileSpec(
                     told,
-                    _files([output]),
+                    seen_elsewhere(inputs) if is_elsewhere else inputs,
                     device,
                     self.budget.tile_elements,
                     is_checked=is_checked,
                     copies=output.prepared.copies,
+                    lock=lock_of(output.prepared.out) if is_elsewhere else "",
                 )
                 self._work("merging", spec, output.left_files(), device, seen)
         output.read(seen.inputs().readings)
@@ -183,9 +187,15 @@ class _Driver:
         Raises:
             LoraMergeError: a piece failed.
         """
-        self.watch.phase(phase, sum(piece.nbytes for piece in pieces))
-        n_workers, name = self.budget.n_workers, self.outputs[0].prepared.request.executor
-        run = executors.pick(n_workers, device, name)
+        total = sum(piece.nbytes for piece in pieces)
+        self.watch.phase(phase, total)
+        n_workers, request = self.budget.n_workers, self.outputs[0].prepared.request
+        demand = None
+        if request.executor == executors.RAY:
+            demand = demand_of(
+                request, self.budget, device, lambda text: self.watch.phase(text or phase, total)
+            )
+        run = executors.pick(n_workers, device, request.executor, demand)
         try:
             with contextlib.closing(run(spec, pieces, n_workers)) as results:
                 for done in results:

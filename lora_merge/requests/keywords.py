@@ -115,9 +115,16 @@ class MergeOptions(PlanOptions, total=False):
     workers: int | None
     """Largest number of workers. Default: cores, at most 8."""
 
-    executor: Literal["auto", "serial", "threads", "processes"]
-    """How workers run. Processes each load torch, which takes seconds and memory. The output is the same.
-    Default: auto, threads."""
+    executor: Literal["auto", "serial", "threads", "processes", "ray"]
+    """How workers run. Processes each load torch, which takes seconds and memory. ray: as tasks on a Ray
+    cluster, one output file each. The output is the same. Default: auto, threads."""
+
+    ray_address: str
+    """Cluster of --executor ray. auto: the one that runs here, or that RAY_ADDRESS names. local: one that is
+    started on this machine for the run. Default: auto."""
+
+    retries: int
+    """How often --executor ray makes a file again after its process or its node was lost. Default: 3."""
 
     memory_limit: str | int | None
     """Memory to use at most, such as 2GB. It leads to fewer workers and smaller tiles, or an error if it is

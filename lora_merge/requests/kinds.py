@@ -39,6 +39,12 @@ def _executors() -> tuple[str, ...]:
     return executors.choices()
 
 
+def _ray_address(text: object) -> str:
+    from lora_merge.executors.ray.address import parse_address
+
+    return parse_address(text)
+
+
 def _schemes() -> tuple[str, ...]:
     from lora_merge.quantised.schemes import SCHEMES
 
@@ -120,5 +126,7 @@ SEED = Kind("int", values.parse_seed, "N")
 SIZE = Kind("str | int", values.parse_size_text, "SIZE")
 TOKEN = Kind("str", values.parse_token, "TEXT")
 TOLERANCE = Kind("float", values.parse_tolerance, "LOGITS")
+RAY_ADDRESS = Kind("str", _ray_address, "[auto|local|HOST:PORT]")
+RETRIES = Kind("int", values.parse_retries, "N")
 PART = Kind("str", values.parse_part, "I/N")
 WORKERS = Kind("int", values.parse_workers, "N")

@@ -116,8 +116,15 @@ class Request:
     """Largest number of workers. Default: cores, at most 8."""
 
     executor: str = "auto"
-    """How workers run. Processes each load torch, which takes seconds and memory. The output is the same.
-    Default: auto, threads."""
+    """How workers run. Processes each load torch, which takes seconds and memory. ray: as tasks on a Ray
+    cluster, one output file each. The output is the same. Default: auto, threads."""
+
+    ray_address: str = "auto"
+    """Cluster of --executor ray. auto: the one that runs here, or that RAY_ADDRESS names. local: one that is
+    started on this machine for the run. Default: auto."""
+
+    retries: int = 3
+    """How often --executor ray makes a file again after its process or its node was lost. Default: 3."""
 
     memory_limit: str | int | None = None
     """Memory to use at most, such as 2GB. It leads to fewer workers and smaller tiles, or an error if it is

@@ -277,6 +277,15 @@ def parse_workers(text: str | int) -> int:
     return _whole(text, "number of workers", MOST_WORKERS)
 
 
+def parse_retries(text: str | int) -> int:
+    """Return a number of retries from 0 to 100.
+
+    Raises:
+        ValueError: it is not such a whole number.
+    """
+    return _whole(text, "number of retries", 100, least=0)
+
+
 def parse_part(text: object) -> str:
     """Return ``2/8``, ``auto`` or ``auto/8`` as it is.
 

@@ -42,6 +42,7 @@ PACKAGES: Mapping[str, Package] = {
         Package("gguf", "the package gguf", "gguf", "0.19"),
         Package("obstore", "the package obstore", "objects", "0.12"),
         Package("boto3", "the package boto3", "s3", "1.40"),
+        Package("ray", "the package ray", "ray", "2.49"),
     )
 }
 """The packages that `require` knows."""

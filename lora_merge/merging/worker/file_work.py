@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,11 @@ class FilePiece:
     """What fills them, in the order of the first slot of each."""
 
     @property
+    def name(self) -> str:
+        """The name of its first file."""
+        return self.files[0].name
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         return sum(piece.nbytes for piece in self.pieces)
@@ -67,9 +73,20 @@ class FileSpec:
     copies: bool = False
     """Ask the store to copy runs that no delta touches (`FileSink.copy`)."""
 
+    lock: str = ""
+    """A file that each machine with a worker has to see, since the driver has made it where the output goes; empty for none."""
+
     @contextlib.contextmanager
     def make(self, n: int) -> Iterator[list[FileWorker]]:
-        """Yield n workers for the threads of one process; on leaving, torch has its threads again."""
+        """Yield n workers for the threads of one process; on leaving, torch has its threads again.
+
+        Raises:
+            WriteError: this machine does not see the place of the output.
+        """
+        if self.lock and not os.path.exists(self.lock):  # noqa: PTH110 - as it was sent
+            sentence = f"{self.lock}: is not on node {os.uname().nodename}, and the driver has made it"
+            hint = "write to a filesystem that every node has at the same path, or to a store"
+            raise WriteError(sentence, hint=hint)
         factors = Factors(load)
         with one_torch_thread():
             yield [FileWorker(self, factors) for _ in range(n)]
