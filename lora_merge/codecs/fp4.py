@@ -10,7 +10,7 @@ from lora_merge.codecs import fresh_fp4
 from lora_merge.codecs.geometry import by_line, groups_of, in_groups, lines_of, whole
 from lora_merge.codecs.lattice import E2M1
 from lora_merge.codecs.stored_grid import Coded, stored_grid
-from lora_merge.codecs.tables import as_floats, look_up_e2m1, pack_e2m1_
+from lora_merge.codecs.tables import E2M1_SIGNS, as_floats, keep_signs_of_zeros_, look_up_e2m1, pack_e2m1_
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -98,9 +98,11 @@ class Fp4(Coded):
             look_up_e2m1(stored[WEIGHT], levels)
             return levels
 
-        return stored_grid(
-            E2M1, lambda levels: pack_e2m1_(levels, out[WEIGHT]), unpack, scale, group=of.group
-        )
+        def pack(levels: torch.Tensor) -> None:
+            pack_e2m1_(levels, out[WEIGHT])
+            keep_signs_of_zeros_(out[WEIGHT], stored[WEIGHT], E2M1_SIGNS)
+
+        return stored_grid(E2M1, pack, unpack, scale, group=of.group)
 
     def fresh(
         self,

@@ -9,7 +9,7 @@ from lora_merge.codecs.geometry import lines_of
 from lora_merge.codecs.grid import Grid
 from lora_merge.codecs.lattice import E2M1, E2M1_AWAY
 from lora_merge.codecs.stored_grid import Coded, stored_grid
-from lora_merge.codecs.tables import as_floats, look_up_e2m1, pack_e2m1_
+from lora_merge.codecs.tables import E2M1_SIGNS, as_floats, keep_signs_of_zeros_, look_up_e2m1, pack_e2m1_
 from lora_merge.core.weight import WEIGHT, PartRange
 
 if TYPE_CHECKING:
@@ -93,7 +93,11 @@ class Mxfp4Experts(Coded):
 
         def pack(levels: torch.Tensor) -> None:
             # The scales are only there because `_pieces` cuts both parts.
-            _pack(lines, levels, {WEIGHT: out[WEIGHT], _SCALE: stored[_SCALE]})
+            written = {WEIGHT: out[WEIGHT], _SCALE: stored[_SCALE]}
+            _pack(lines, levels, written)
+            pieces = zip(_pieces(lines, written), _pieces(lines, stored), strict=True)
+            for (_, codes, _), (_, before, _) in pieces:
+                keep_signs_of_zeros_(codes, before, E2M1_SIGNS)
 
         # Groups are across lines, so each value of a line has a scale.
         return stored_grid(E2M1, pack, unpack, scale, group=1)

@@ -9,7 +9,7 @@ from lora_merge.codecs import fresh_scaled
 from lora_merge.codecs.geometry import by_block, by_line, groups_of, in_groups, lines_of
 from lora_merge.codecs.lattice import E4M3, E5M2, Integers
 from lora_merge.codecs.stored_grid import Coded, stored_grid
-from lora_merge.codecs.tables import as_floats, bytes_of, look_up, pack_bytes
+from lora_merge.codecs.tables import as_floats, bytes_of, keep_signs_of_zeros_, look_up, pack_bytes
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from lora_merge.core.weight import PartRange, Storage, Tile
 
 _SCALE = "scale"
+
+_SIGN = 0x80
+"""The sign bit of FP8."""
 
 LATTICES: dict[str, Lattice] = {"F8_E4M3": E4M3, "F8_E5M2": E5M2, "I8": Integers(-128, 127)}
 """What a byte can be, by its dtype."""
@@ -102,9 +105,14 @@ class Scaled(Coded):
             _levels(stored, of, levels)
             return levels
 
+        def pack(levels: torch.Tensor) -> None:
+            pack_bytes(levels, of.codes, kept)
+            if of.codes != "I8":
+                keep_signs_of_zeros_(kept, stored[WEIGHT].view(kept.shape), _SIGN)
+
         return stored_grid(
             LATTICES[of.codes],
-            lambda levels: pack_bytes(levels, of.codes, kept),
+            pack,
             unpack,
             # A grid has a row of scales for each line, and `_scale` one row where all share it.
             scale.expand(lines.n, -1),

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from lora_merge.codecs.geometry import lines_of
 from lora_merge.codecs.grid import Grid
-from lora_merge.codecs.lattice import Floats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -101,12 +100,12 @@ def stored_grid(
     bias: torch.Tensor | None = None,
     group: int | torch.Tensor = 0,
 ) -> Grid:
-    """Return a grid of stored scales. Where one is 0, codes mean nothing: those that are stored stay. So does the sign of a
-    zero that stays zero: a sum with a change of 0 has no negative zero.
+    """Return a grid of stored scales. Where one is 0, codes mean nothing: those that are stored stay.
 
     Args:
         lattice: of the codes.
-        pack: stores levels, float32 ``[lines, in]``. It may change them.
+        pack: stores levels, float32 ``[lines, in]``. It may change them. Where there are two zeros, one that stays zero keeps
+            its sign (`lora_merge.codecs.tables.keep_signs_of_zeros_`): a sum with a change of 0 has no negative zero.
         unpack: returns the stored levels, in the same shape.
         scale: float32 ``[lines, groups]``, perhaps with zeros; it is not changed.
         zero: as in `Grid`; bias: as there; group: as there.
@@ -116,16 +115,10 @@ def stored_grid(
     if has_zeros:
         scale = scale.masked_fill(is_zero, _IN_PLACE_OF_ZERO)
 
-    has_signs = isinstance(lattice, Floats)
-
     def keep(levels: torch.Tensor) -> None:
-        if has_zeros or has_signs:
-            before = unpack()
-            # Both zeros are equal; of two equal levels the stored one is taken.
-            is_kept = before == levels if has_signs else is_zero.new_zeros(())
-            if has_zeros:
-                is_kept = is_kept | _of_columns(is_zero, group, levels.shape[1])
-            levels.copy_(before.where(is_kept, levels))
+        if has_zeros:
+            is_kept = _of_columns(is_zero, group, levels.shape[1])
+            levels.copy_(unpack().where(is_kept, levels))
         pack(levels)
 
     return Grid(lattice, keep, scale, zero, bias, group)

@@ -16,6 +16,9 @@ _EXPONENTS = {"F8_E8M0", "U8"}
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
+E2M1_SIGNS = 0x88
+"""The sign bits of the two codes in a byte."""
+
 
 # Two threads may make a table at once: they make the same one.
 @lru_cache
@@ -103,6 +106,20 @@ def pack_e2m1_(levels: torch.Tensor, out: torch.Tensor) -> None:
     # The code of the upper half goes beside that of the lower one.
     codes |= codes >> 12
     out.copy_(codes.to(torch.uint8).view(out.shape))
+
+
+def keep_signs_of_zeros_(codes: torch.Tensor, stored: torch.Tensor, sign: int) -> None:
+    """Give each zero that was stored as a zero its old sign. All other codes stay as they are.
+
+    Args:
+        codes: U8, any shape; they are changed.
+        stored: those before, in the same shape.
+        sign: the sign bit of each code in a byte: 0x80 for codes of eight bits, 0x88 for two of four.
+    """
+    size = 0xFF ^ sign
+    # The sum reaches a sign bit where one of the two is not zero. On codes it takes a tenth of the time that it takes on levels.
+    is_number = (codes | stored).bitwise_and_(size).add_(size)
+    codes.bitwise_xor_((codes ^ stored).bitwise_and_(sign).bitwise_and_(is_number.bitwise_not_()))
 
 
 def as_floats(stored: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from lora_merge.codecs.bits import codes_at_word_edges, pack, unpack, whole_codes, words_of
-from lora_merge.codecs.tables import look_up, look_up_e2m1, pack_bytes, pack_e2m1_
+from lora_merge.codecs.tables import (
+    E2M1_SIGNS,
+    keep_signs_of_zeros_,
+    look_up,
+    look_up_e2m1,
+    pack_bytes,
+    pack_e2m1_,
+)
 from tests.packing import drawn, packed
 
 widths = pytest.mark.parametrize("bits", range(1, 9))
@@ -65,3 +72,27 @@ def test_every_int8_is_packed_as_it_was():
     out = torch.zeros(256, dtype=torch.int8)
     pack_bytes(torch.arange(-128, 128).float(), "I8", out)
     assert out.tolist() == list(range(-128, 128))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_of_two_zeros_the_stored_one_stays_and_other_codes_are_as_they_were(dtype):
+    codes, stored = torch.arange(256).repeat(2, 256).view(2, 256, 256).to(torch.uint8)
+    stored = stored.T.contiguous()
+    new, old = torch.empty(codes.shape), torch.empty(codes.shape)
+    look_up(codes, dtype, new)
+    look_up(stored, dtype, old)
+    wanted = torch.where((new == 0) & (old == 0), stored, codes)
+    keep_signs_of_zeros_(codes, stored, 0x80)
+    assert torch.equal(codes, wanted)
+
+
+def test_of_two_e2m1_zeros_the_stored_one_stays():
+    codes, stored = torch.arange(256).repeat(2, 256).view(2, 256, 256).to(torch.uint8)
+    stored = stored.T.contiguous()
+    new, old = torch.empty(256, 512), torch.empty(256, 512)
+    look_up_e2m1(codes, new)
+    look_up_e2m1(stored, old)
+    wanted = torch.empty_like(codes)
+    pack_e2m1_(old.where((new == 0) & (old == 0), new), wanted)
+    keep_signs_of_zeros_(codes, stored, E2M1_SIGNS)
+    assert torch.equal(codes, wanted)
