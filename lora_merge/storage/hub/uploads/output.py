@@ -12,6 +12,7 @@ from lora_merge.storage.destination import Left, Published
 from lora_merge.storage.evidence import evidence_text
 from lora_merge.storage.hub.remote_file import use_token
 from lora_merge.storage.hub.uploads.bars import quiet_bars
+from lora_merge.storage.hub.uploads.failures import UnansweredError
 from lora_merge.storage.hub.uploads.folder import seen_at
 from lora_merge.storage.hub.uploads.pull_request import FOLDER, PullRequest
 from lora_merge.storage.hub.uploads.push import SCHEME, parse_target
@@ -366,7 +367,8 @@ class HubDestination:
     def _leave(self, pull: PullRequest, exc: BaseException) -> None:
         if isinstance(exc, _RESUMABLE) and not isinstance(exc, ChangedError):
             with contextlib.suppress(LoraMergeError):
-                pull.send()
+                if not isinstance(exc, UnansweredError):
+                    pull.send(is_last_try=True)
             n_kept = len({*self._finished, *pull.sent})
             if n_kept:
                 exc.add_note(

@@ -205,16 +205,19 @@ class PullRequest:
             if len(self._waiting) >= COMMIT_FILES or time.monotonic() - self._last >= COMMIT_SECONDS:
                 self._send()
 
-    def send(self) -> None:
+    def send(self, *, is_last_try: bool = False) -> None:
         """Commit what is uploaded and not yet committed.
+
+        Args:
+            is_last_try: ask once only, since the run is about to end.
 
         Raises:
             WriteError: the Hub refuses it.
         """
         with self._lock:
-            self._send()
+            self._send(is_last_try=is_last_try)
 
-    def _send(self) -> None:
+    def _send(self, *, is_last_try: bool = False) -> None:
         from huggingface_hub import CommitOperationAdd
 
         if not self._waiting:
@@ -229,13 +232,21 @@ class PullRequest:
             for name in names
             if self._waiting[name]
         ]
-        self._commit([*operations, *beside], f"Weights: {counted(len(names), 'file')}", wanted)
+        message = f"Weights: {counted(len(names), 'file')}"
+        self._commit([*operations, *beside], message, wanted, is_last_try=is_last_try)
         self.sent |= wanted
         for name in names:
             del self._waiting[name], self._uploaded[name]
         self._last = time.monotonic()
 
-    def _commit(self, operations: list[Any], message: str, wanted: Mapping[str, Entry]) -> None:
+    def _commit(
+        self,
+        operations: list[Any],
+        message: str,
+        wanted: Mapping[str, Entry],
+        *,
+        is_last_try: bool = False,
+    ) -> None:
         """Commit on top of the last commit that this run knows.
 
         Raises:
@@ -263,7 +274,7 @@ class PullRequest:
                     return head
                 raise
 
-        self.head = repeated(carefully)
+        self.head = ask() if is_last_try else repeated(carefully)
 
     def complete(self, small: Mapping[str, Path], removed: Collection[str], message: str) -> None:
         """Commit the small files, and remove old ones and the evidence. What is not yet committed comes before.
