@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lora_merge.cli.layout import BOLD, YELLOW, Cell, Column, Mark, facts, grid, shortened
 from lora_merge.cli.voice import say_layout, show, show_layout, width_of
 from lora_merge.peft_rules.method_names import method_name
+from lora_merge.storage.destination import UNKNOWN_BYTES
 from lora_merge.words import between, counted, duration_text, listing, size_text
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def _plan_rows(report: Report, named: Mapping[str, str], width: int | None) -> l
     files = f"{counted(summary.n_shards, 'weight file')}, {counted(summary.n_side_files, 'side file')}"
     # A full disk is what stops a run, so it is the one number that is coloured.
     is_short = summary.disk_needed_bytes > summary.disk_free_bytes
+    is_known = summary.disk_free_bytes < UNKNOWN_BYTES
     free = f"{size_text(summary.disk_needed_bytes)} needed, {size_text(summary.disk_free_bytes)} free"
     return [
         ("base", shortened(base, room)),
@@ -135,7 +137,7 @@ def _plan_rows(report: Report, named: Mapping[str, str], width: int | None) -> l
         ("time", _time(summary)),
         ("bytes", f"{size_text(summary.read_bytes)} read, {size_text(summary.disk_needed_bytes)} written"),
         ("peak memory", f"about {size_text(summary.peak_bytes)}"),
-        ("disk", Mark(free, YELLOW) if is_short else free),
+        *([("disk", Mark(free, YELLOW) if is_short else free)] if is_known else []),
     ]
 
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from lora_merge.storage.sources import Source
 
 
+UNKNOWN_BYTES = 1 << 60
+"""What a storage that does not say how much is free returns (`Storage.free_bytes`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What a run wants of the place of its output, before it takes it."""
@@ -322,7 +326,7 @@ class Storage(Protocol):
         """
 
     def free_bytes(self, out: str) -> int:
-        """Return the bytes that are free for an output; a large number where the storage does not say."""
+        """Return the bytes that are free for an output; `UNKNOWN_BYTES` where the storage does not say."""
 
     def open(self, wish: Wish) -> Destination:
         """Take the place of an output, until `Destination.commit` or `abort`.

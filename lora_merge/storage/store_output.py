@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Never
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE
 from lora_merge.errors import ChangedError, CheckpointError, ResolveError, WriteError
 from lora_merge.storage import store_published
-from lora_merge.storage.destination import Left
+from lora_merge.storage.destination import UNKNOWN_BYTES, Left
 from lora_merge.storage.objects import store_at
 from lora_merge.storage.objects.settings import PROBE
 from lora_merge.storage.owners import close_folder
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from lora_merge.storage.dirs import Listing
     from lora_merge.storage.evidence import Finished
     from lora_merge.storage.objects.urls import StoreUrl
-
-_UNKNOWN_BYTES = 1 << 60
-"""Free bytes of a store: none of them says."""
 
 _RESUMABLE = (KeyboardInterrupt, WriteError, CheckpointError)
 """Errors that say nothing against what the run has written: whole files stay."""
@@ -139,7 +136,7 @@ class StoreDestination:
     def free_bytes(out: str) -> int:
         """Return a large number: no store says how much room it has."""
         del out
-        return _UNKNOWN_BYTES
+        return UNKNOWN_BYTES
 
     @property
     def root(self) -> Path:

@@ -1,4 +1,4 @@
-"""The output that is to be verified: a directory, or a prefix of an object store, whose weights are read where they are."""
+"""The output that is to be verified: a directory, or a folder of a store or of the Hub, whose weights are read where they are."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from lora_merge.errors import ResolveError
 from lora_merge.formats.recognise import fault_of, names_in
 from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 from lora_merge.formats.written_checkpoint import Output, read_output
+from lora_merge.storage.hub import open_streamed
 from lora_merge.storage.local_copies import LocalCopy
 from lora_merge.storage.objects.local_copies import local_copy
 from lora_merge.storage.objects.urls import parse_store_url
+from lora_merge.storage.source import parse_source
 from lora_merge.storage.user_paths import real_path, user_path
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from lora_merge.core.report import Observer
-    from lora_merge.storage.objects.urls import StoreUrl
+    from lora_merge.storage.hub import Access
 
 _HINT = "pass the output directory of a merge"
+_OF_REPOS = ".gitattributes"
+"""Every repo of the Hub has this file."""
+
 _FILES = (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, CARD_FILE)
 
 
@@ -45,15 +50,25 @@ class Existing:
         return self.output.root if self.copy is None else self.copy.text
 
 
-def find_output(out: str, watch: Observer) -> Existing:
+def find_output(out: str, access: Access, watch: Observer) -> Existing:
     """Return what is at a path or a URL. One that may not be read is an error, not a damaged output.
+
+    Args:
+        out: a directory, the URL of a folder in a store, or ``hf://org/name``.
+        access: how the Hub may be asked.
+        watch: hears of downloads of small files.
 
     Raises:
         RequestError: it is a URL of a store, and a wrong one.
         ResolveError: nothing is there, it cannot be read, or it is something else.
     """
     url = parse_store_url(out)
-    return _in_directory(out) if url is None else _in_store(url, watch)
+    if url is not None:
+        return _of_copy(local_copy(url, watch))
+    source = parse_source(out)
+    if source is not None and source.explicit and source.host == "hf":
+        return _of_copy(open_streamed(source, access, watch)[1])
+    return _in_directory(out)
 
 
 def _in_directory(out: str) -> Existing:
@@ -71,12 +86,12 @@ def _in_directory(out: str) -> Existing:
     return Existing(read_output(real_path(root)))
 
 
-def _in_store(url: StoreUrl, watch: Observer) -> Existing:
-    copy = local_copy(url, watch)
-    _check_kind(str(url), copy.names)
-    small = {name for name in copy.names if belongs_to_base(name) or belongs_to_adapter(name)}
-    root = copy.fetch(small | copy.names.intersection(_FILES))
-    return Existing(read_output(root, str(url), copy.names), copy.names, copy)
+def _of_copy(copy: LocalCopy) -> Existing:
+    _check_kind(copy.text, copy.names)
+    names = copy.names - {_OF_REPOS}
+    small = {name for name in names if belongs_to_base(name) or belongs_to_adapter(name)}
+    root = copy.fetch(small | names.intersection(_FILES))
+    return Existing(read_output(root, copy.text, names), names, copy)
 
 
 def _check_kind(out: str, names: Collection[str]) -> None:

@@ -77,7 +77,7 @@ def prove(request: VerifyRequest, *, observer: Observer | None = None) -> Proof:
         find_python(request.engine_python)
     watch = observer or Silence()
     with translate_out_of_memory("verifying", MORE), errors_by_url():
-        existing = find_output(request.out, watch)
+        existing = find_output(request.out, Access(request.token, request.offline), watch)
         # All reads of an output in a store are of one version of each file.
         one_version = watching(is_noting=False) if existing.copy is not None else nullcontext()
         with one_version:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 
 from lora_merge.cli import exits
 from tests.hub.taking import READ_TOKEN
@@ -67,7 +68,7 @@ def on_disk(options, cli, tmp_path):
 def test_a_repo_gets_the_files_of_a_merge_on_a_disk(where, options, cli, taking, branch, on_disk):
     done = ok(cli(*options, *where))
     assert branch() == on_disk
-    assert f"{taking.url}/{REPO}/tree/" in done.stderr
+    assert f"on the Hub: {taking.url}/{REPO}\n" in done.stderr
 
 
 @pytest.mark.parametrize("taking", ["xet"], indirect=True)
@@ -122,7 +123,6 @@ class TestPlace:
         assert branch() == on_disk
 
     def test_a_repo_with_other_files_is_left_alone(self, options, cli, taking, branch):
-        from huggingface_hub import HfApi
 
         HfApi().create_repo(REPO)
         HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="notes.txt", repo_id=REPO)
@@ -293,7 +293,6 @@ class TestFaults:
     def test_a_branch_that_moves_meanwhile_is_not_overwritten(
         self, options, cli, taking, branch, monkeypatch
     ):
-        from huggingface_hub import HfApi
 
         from lora_merge.storage.hub.uploads.pull_request import PullRequest
 
@@ -393,3 +392,13 @@ def test_a_batch_writes_to_the_hub_and_keeps_what_is_up_to_date(
     assert len(taking.asked("commit")) == n_commits
     file.write_text(json.dumps({"jobs": [{**job, "out": str(tmp_path / "out"), "push_to_hub": REPO}]}))
     assert "a batch does not push" in refused(cli("batch", file))
+
+
+@pytest.mark.parametrize("taking", ["lfs"], indirect=True)
+def test_an_output_on_the_hub_is_verified_where_it_is(options, cli, taking, tmp_path):
+    ok(cli(*options, "--push-to-hub", REPO))
+    done = ok(cli("verify", f"hf://{REPO}", *options))
+    assert "verified" in done.stderr + done.stdout
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="model-00001-of-00003.safetensors", repo_id=REPO)
+    assert cli("verify", f"hf://{REPO}", *options).exit_code == exits.VERIFY

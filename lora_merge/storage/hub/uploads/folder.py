@@ -49,7 +49,7 @@ def push_folder(
         watch.phase(f"pushing to {push.repo}", sum(path.stat().st_size for path in files.values()))
         branch = repo.branch()
         if _has_all(branch, files, marks[-1]):
-            return seen_at(repo, branch.head)
+            return seen_at(repo)
         entries = {name: _entry(path) for name, path in files.items()}
         check_free(push, branch, marks, overwrite=overwrite)
         repo.create()
@@ -70,12 +70,13 @@ def push_folder(
                 f"{root} is complete; run again with --resume to push it: {pull.url} has what was sent"
             )
             raise
-        return seen_at(repo, repo.head(push.branch or None))
+        return seen_at(repo)
 
 
-def seen_at(repo: RemoteRepo, commit: str) -> str:
-    """Return the address at which people see a commit of a repo."""
-    return f"{repo.api.endpoint}/{repo.push.repo}/tree/{repo.push.branch or commit[:10]}"
+def seen_at(repo: RemoteRepo) -> str:
+    """Return the address at which people see a branch of a repo."""
+    at = f"/tree/{repo.push.branch}" if repo.push.branch else ""
+    return f"{repo.api.endpoint}/{repo.push.repo}{at}"
 
 
 def _fill(

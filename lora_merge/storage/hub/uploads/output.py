@@ -8,7 +8,7 @@ import zlib
 from typing import TYPE_CHECKING, Literal, Never
 
 from lora_merge.errors import ChangedError, CheckpointError, LoraMergeError, RequestError, WriteError
-from lora_merge.storage.destination import Left, Published
+from lora_merge.storage.destination import UNKNOWN_BYTES, Left, Published
 from lora_merge.storage.evidence import evidence_text
 from lora_merge.storage.hub.remote_file import use_token
 from lora_merge.storage.hub.uploads.bars import quiet_bars
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from lora_merge.storage.hub.uploads.push import Push
     from lora_merge.storage.hub.uploads.sinks import Sink, Way
     from lora_merge.storage.objects.store import Receipt
-
-_UNKNOWN_BYTES = 1 << 60
-"""Free bytes of the Hub: it does not say. The disk of the spool is asked when the run begins."""
 
 _RESUMABLE = (KeyboardInterrupt, WriteError, CheckpointError)
 """Errors that say nothing against what the run has written: whole files stay."""
@@ -89,7 +86,7 @@ class HubDestination:
         self._finished: Mapping[str, Finished] = {}
         self._planned: frozenset[str] = frozenset()
         self._full: set[str] = set()
-        self._merge, self._merged = "", ""
+        self._merge = ""
         self._is_published = False
         use_token(push.repo, push.token)
 
@@ -178,7 +175,7 @@ class HubDestination:
     def free_bytes(out: str) -> int:
         """Return a large number: the Hub does not say how much room an account has."""
         del out
-        return _UNKNOWN_BYTES
+        return UNKNOWN_BYTES
 
     @property
     def root(self) -> Path:
@@ -198,7 +195,7 @@ class HubDestination:
     @property
     def seen_at(self) -> str:
         """Where people see the output: the branch, or the pull request that is left open."""
-        return self._opened.url if self._push.is_left_open else seen_at(self._repo, self._merged)
+        return self._opened.url if self._push.is_left_open else seen_at(self._repo)
 
     @property
     def sink(self) -> Never:
@@ -345,7 +342,6 @@ class HubDestination:
         pull.complete({name: self._shadow.path / name for name in names}, removed, self._push.message)
         if not self._push.is_left_open:
             pull.merge("The output is complete and verified.")
-            self._merged = self._repo.head(self._push.branch or None)
         self._is_published = True
         self._held.close()
 
