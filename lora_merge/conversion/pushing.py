@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lora_merge.conversion.job import MARKS
 from lora_merge.merging.pushing import is_on_hub, placed, push_of
+from lora_merge.runtime.temporary import temporary_folder
 from lora_merge.storage.hub.uploads.folder import check_target, push_folder
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ def on_this_disk(request: AdapterRequest, message: str) -> Iterator[tuple[Adapte
     if request.out and not is_on_hub(request.out):
         yield request, push
         return
-    with tempfile.TemporaryDirectory(prefix="lora-merge-") as folder:
-        # Resolved, since inputs are, and the two are compared. The name is seen in the adapter's card.
-        yield replace(request, out=str(Path(folder).resolve() / push.repo.rpartition("/")[2])), push
+    with temporary_folder() as folder:
+        # The name is seen in the adapter's card.
+        yield replace(request, out=str(folder / push.repo.rpartition("/")[2])), push
 
 
 def pushed(

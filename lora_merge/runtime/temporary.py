@@ -45,6 +45,29 @@ def folder_for(owner: object, place: Path | None = None) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def temporary_folder(place: Path | None = None) -> Iterator[Path]:
+    """Have a new empty folder while the block runs. Where the process is killed, the next one removes it.
+
+    Args:
+        place: another folder than the one for temporary files.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    owner = _Block()
+    try:
+        yield folder_for(owner, place)
+    finally:
+        for one in list(_FOLDERS):
+            if (alive := one.peek()) and alive[0] is owner:
+                one()
+
+
+class _Block:
+    """Owns the folder of a block."""
+
+
 def remove_folders() -> None:
     """Remove all of this process's folders. For the end of a process that ends without its interpreter."""
     for one in list(_FOLDERS):

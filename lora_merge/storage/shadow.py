@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_merge.runtime.temporary import temporary_folder
 from lora_merge.storage import dirs
 from lora_merge.storage.folder import Folder
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 def shadow(held: contextlib.ExitStack) -> Folder:
     """Return a new temporary directory; it is removed with the stack."""
-    path = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="lora-merge-")))
+    path = held.enter_context(temporary_folder())
     fd = dirs.open_directory(path)
     held.callback(os.close, fd)
     return Folder.of(path, fd)

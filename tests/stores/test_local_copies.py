@@ -12,7 +12,7 @@ import pytest
 
 from lora_merge.core.report import Issue, Silence
 from lora_merge.errors import ChangedError, CheckpointError, PlanError, ResolveError
-from lora_merge.runtime.temporary import folder_for, remove_folders
+from lora_merge.runtime.temporary import folder_for, remove_folders, temporary_folder
 from lora_merge.storage.input_files import watching
 from lora_merge.storage.local_copies import in_store, local_path, without_copies
 from lora_merge.storage.objects import StoreUrl, store_at
@@ -218,3 +218,12 @@ def test_folders_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path, 
     assert young.is_dir()
     remove_folders()
     assert not kept.exists()
+
+
+def test_the_folder_of_a_block_goes_with_the_block_and_no_other_does(tmp_path):
+    with temporary_folder(tmp_path) as kept:
+        with pytest.raises(ValueError, match="of the block"), temporary_folder(tmp_path) as folder:  # noqa: PT012
+            (folder / "file").touch()
+            raise ValueError("of the block")
+        assert [path / "files" for path in tmp_path.iterdir()] == [kept]
+    assert not list(tmp_path.iterdir())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.errors import RequestError, WriteError
+from lora_merge.runtime.temporary import temporary_folder
 from lora_merge.storage.hub.uploads.failures import repeated, sending
 from lora_merge.storage.objects.store import Entry
 
@@ -139,7 +138,7 @@ class RemoteRepo:
             return {}
 
         def ask() -> dict[str, bytes]:
-            with tempfile.TemporaryDirectory(prefix="lora-merge-") as folder, sending(self.push):
+            with temporary_folder() as folder, sending(self.push):
                 snapshot_download(
                     self.push.repo,
                     revision=revision,
@@ -148,7 +147,7 @@ class RemoteRepo:
                     token=self.push.token,
                     library_name="lora-merge",
                 )
-                return {name: Path(folder, name).read_bytes() for name in names}
+                return {name: (folder / name).read_bytes() for name in names}
 
         return repeated(ask)
 
