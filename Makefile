@@ -86,6 +86,7 @@ values: setup ## Every field of every file of a stranger, given every kind of wr
 
 kills: setup ## End runs at random moments and on full disks, and run them again: KILLS=n times, on DISKS=n sizes
 	LORA_MERGE_KILLS=$(or $(KILLS),1000) LORA_MERGE_DISKS=$(or $(DISKS),100) $(BIN)/python -m pytest -n $(JOBS) -rP tests/faults/test_kills.py
+	LORA_MERGE_PUSH_KILLS=$(or $(KILLS),1000) $(BIN)/python -m pytest -n $(JOBS) -rP tests/hub/test_push_kills.py
 
 detection: setup ## Plant faults in merges and in what they stage, RUNS=n times each, and count what verification finds
 	$(BIN)/python scripts/detection.py --runs $(or $(RUNS),60)

@@ -93,7 +93,8 @@ class Blobs:
         copy = Path(tempfile.mkdtemp(prefix="read-", dir=self.arrived))
         source = self.cas / "xet" / "xorbs"
         if source.is_dir():
-            shutil.copytree(source, copy / "xet" / "xorbs", copy_function=_link_or_copy)
+            half = shutil.ignore_patterns(".*.tmp")  # hf_xet is writing them, and gives them another name
+            shutil.copytree(source, copy / "xet" / "xorbs", copy_function=_link_or_copy, ignore=half)
         return copy
 
     def _in_shards(self, sha256: str) -> tuple[str, int] | None:
