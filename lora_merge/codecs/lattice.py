@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 _SIGN = -(2**31)
 """The sign of a float32, as an int32."""
 
+_EXPONENT = 0x7F800000
+"""The exponent of a float32, as an int32."""
+
 _CACHED = 1 << 18
 """Numbers that are rounded at a time."""
 
@@ -91,11 +94,26 @@ class Floats:
         import torch
 
         numbers.clamp_(-self.largest, self.largest)
-        # 1.5 · 2^23 · spacing: its last bit is one spacing, and a sum with the number stays in its binade.
-        big = self._power(numbers).mul_(1.5 * 2.0 ** (23 - self.mantissa_bits))
-        rounded = numbers.add(big).sub_(big)
-        # A sum has no negative zero. On integers it takes a tenth of the time of `copysign`, which guesses signs.
+        rounded, power = torch.empty_like(numbers), torch.empty_like(numbers)
+        self.unsigned(numbers, rounded, power)
+        # On integers it takes a tenth of the time of `copysign`, which guesses signs.
         numbers.view(torch.int32).bitwise_and_(_SIGN).bitwise_or_(rounded.view(torch.int32))
+
+    def unsigned(self, numbers: torch.Tensor, out: torch.Tensor, power: torch.Tensor) -> None:
+        """Write the levels nearest to numbers that are not beyond an end. Zeros have no sign: see `sign_zeros_`.
+
+        Args:
+            numbers: float32; they stay as they are.
+            out: for the levels; power: space. Both have the shape of the numbers, and share no memory.
+        """
+        import torch
+
+        torch.bitwise_and(numbers.view(torch.int32), _EXPONENT, out=power.view(torch.int32))
+        power.clamp_(min=2.0**self.smallest)
+        # 1.5 · 2^23 · spacing: its last bit is one spacing, and a sum with the number stays in its binade. Both products are exact.
+        big = 1.5 * 2.0 ** (23 - self.mantissa_bits)
+        torch.add(numbers, power, alpha=big, out=out)
+        out.sub_(power, alpha=big)
 
     def neighbours(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the numbers below and above."""
@@ -120,7 +138,7 @@ class Floats:
         """Return the power of two below each number's size, the smallest normal one at least."""
         import torch
 
-        power = numbers.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+        power = numbers.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)
         return power.clamp_(min=2.0**self.smallest)
 
 
@@ -136,6 +154,18 @@ class FloatsAway(Floats):
         # In whole halves of the spacing, each number of them rounded up to an even one: exact, where a sum with 0.5 is not.
         rounded = numbers.abs().div_(spacing).mul_(2).floor_().add_(1).mul_(0.5).floor_().mul_(spacing)
         numbers.view(torch.int32).bitwise_and_(_SIGN).bitwise_or_(rounded.view(torch.int32))
+
+
+def sign_zeros_(levels: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Give zeros without a sign that of the numbers they are rounded from. The numbers are lost.
+
+    Args:
+        levels: float32, the nearest to the numbers; they are changed.
+        numbers: float32, in the same shape.
+    """
+    import torch
+
+    levels.view(torch.int32).bitwise_or_(numbers.view(torch.int32).bitwise_and_(_SIGN))
 
 
 def _parts(numbers: torch.Tensor) -> Sequence[torch.Tensor]:

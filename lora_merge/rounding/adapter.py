@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.codecs.lattice import Floats, Integers, sign_zeros_
 from lora_merge.rounding.bands import Band, Workspace
 from lora_merge.rounding.schedule import band_rows, last_panel
 
@@ -99,50 +100,88 @@ def _round_band(band: Band, schedule: Schedule, levels: torch.Tensor) -> torch.T
     total = schedule.basis.new_zeros((len(schedule.basis), band.width))
     last = schedule.panels[-1]
     sizes = [sum(steps.sizes) for steps in schedule.panels]
+    most = max(max(steps.sizes) for steps in (*schedule.panels, *schedule.sweeps))
+    rounding = _Rounding(band.lattice, most, total)
     for steps, panel in zip(schedule.panels, band.panels(levels, sizes), strict=True):
-        _decide(panel, band.lattice, steps, total)
+        _decide(panel, steps, total, rounding)
         # The errors of all columns are known now: the last ones can take back what is left.
         for sweep in schedule.sweeps if steps is last else ():
-            _decide_again(panel, band.lattice, sweep, total)
+            _decide_again(panel, sweep, total, rounding)
+        rounding.finish(panel)
     return total
 
 
-def _decide(panel: Panel, lattice: Lattice, steps: Steps, total: torch.Tensor) -> None:
+def _decide(panel: Panel, steps: Steps, total: torch.Tensor, rounding: _Rounding) -> None:
     """Choose the levels of a panel, a block of columns at a time, and add their errors to the total."""
     import torch
 
-    space = torch.empty_like(panel.numbers[: max(steps.sizes)])
-    for size, pull, push, block in zip(
-        steps.sizes, steps.pulls, steps.pushes, panel.blocks(steps.sizes), strict=True
-    ):
-        numbers, chosen, lowest, highest, scale = block
-        shift = space[:size]
+    for pull, push, block in zip(steps.pulls, steps.pushes, panel.blocks(steps.sizes), strict=True):
+        numbers, levels, moved, lowest, highest, scale = block
+        shift, _ = rounding.spaces(len(numbers))
         if scale is None:
-            torch.addmm(numbers, pull, total, alpha=-1, out=chosen)
+            torch.addmm(numbers, pull, total, alpha=-1, out=moved)
         else:
             torch.mm(pull, total, out=shift)
-            torch.sub(numbers, shift.div_(scale), out=chosen)
+            torch.addcdiv(numbers, shift, scale, value=-1, out=moved)
         # Verification allows for a value to be moved this far (`checks.bounds`).
-        torch.clamp(chosen, lowest, highest, out=chosen)
-        miss = torch.sub(lattice.nearest_(chosen), numbers, out=shift)
-        total.addmm_(push, miss if scale is None else miss.mul_(scale))
+        torch.clamp(moved, lowest, highest, out=moved)
+        rounding.nearest(moved, levels)
+        torch.sub(levels, numbers, out=shift)
+        total.addmm_(push, shift if scale is None else shift.mul_(scale))
 
 
-def _decide_again(panel: Panel, lattice: Lattice, steps: Steps, total: torch.Tensor) -> None:
+def _decide_again(panel: Panel, steps: Steps, total: torch.Tensor, rounding: _Rounding) -> None:
     """Choose the levels of a panel again, a block after the other: the best of each, given all others."""
     import torch
 
     # The total has each column's own error in it, which its new level replaces: so its target is nearer to the old level.
-    new = torch.lerp(panel.numbers, panel.levels, steps.shares)
-    space = torch.empty_like(panel.numbers[: max(steps.sizes)])
-    for target, pull, push, block in zip(
-        new.split_with_sizes(steps.sizes), steps.pulls, steps.pushes, panel.blocks(steps.sizes), strict=True
-    ):
-        shift = torch.mm(pull, total, out=space[: len(target)])
-        if block.scale is not None:
-            shift.div_(block.scale)
-        target.sub_(shift)
-        torch.clamp(target, block.lowest, block.highest, out=target)
-        change = torch.sub(lattice.nearest_(target), block.levels, out=shift)
-        total.addmm_(push, change if block.scale is None else change.mul_(block.scale))
-    panel.levels.copy_(new)
+    torch.lerp(panel.numbers, panel.levels, steps.shares, out=panel.moved)
+    for pull, push, block in zip(steps.pulls, steps.pushes, panel.blocks(steps.sizes), strict=True):
+        _, levels, moved, lowest, highest, scale = block
+        shift, new = rounding.spaces(len(moved))
+        torch.mm(pull, total, out=shift)
+        if scale is None:
+            moved.sub_(shift)
+        else:
+            moved.addcdiv_(shift, scale, value=-1)
+        torch.clamp(moved, lowest, highest, out=moved)
+        rounding.nearest(moved, new)
+        torch.sub(new, levels, out=shift)
+        levels.copy_(new)
+        total.addmm_(push, shift if scale is None else shift.mul_(scale))
+
+
+class _Rounding:
+    """Rounds the blocks of a band to the nearest levels.
+
+    Args:
+        lattice: of the levels.
+        columns: of a block, at most.
+        like: has the width of a panel.
+    """
+
+    def __init__(self, lattice: Lattice, columns: int, like: torch.Tensor) -> None:
+        self._lattice = lattice
+        spaces = like.new_empty((3, columns, like.shape[1]))
+        # Of a few sizes, each a power of two or what is left. A view takes as long as the arithmetic of a small block.
+        self._views = [spaces[:, :size].unbind() for size in range(columns + 1)]
+
+    def spaces(self, columns: int) -> tuple[torch.Tensor, ...]:
+        """Return memory for a block: two float32 ``[columns, width]``."""
+        return self._views[columns][:2]
+
+    def nearest(self, numbers: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the levels nearest to a block's numbers, which stay. `finish` gives zeros their signs."""
+        import torch
+
+        if type(self._lattice) is Floats:
+            self._lattice.unsigned(numbers, out, self._views[len(numbers)][2])
+        elif type(self._lattice) is Integers:
+            torch.round(numbers, out=out)
+        else:
+            self._lattice.nearest_(out.copy_(numbers))
+
+    def finish(self, panel: Panel) -> None:
+        """Complete the levels of a panel. What they were rounded from is lost."""
+        if type(self._lattice) is Floats:
+            sign_zeros_(panel.levels, panel.moved)

@@ -37,6 +37,9 @@ class Block(NamedTuple):
     levels: torch.Tensor
     """The levels that are chosen."""
 
+    moved: torch.Tensor
+    """What they are the nearest levels to."""
+
     lowest: torch.Tensor
     """No number may be moved to below it."""
 
@@ -52,6 +55,7 @@ class Panel(NamedTuple):
 
     numbers: torch.Tensor
     levels: torch.Tensor
+    moved: torch.Tensor
     lowest: torch.Tensor
     highest: torch.Tensor
     scale: torch.Tensor | None
@@ -59,16 +63,15 @@ class Panel(NamedTuple):
     def blocks(self, sizes: Sequence[int]) -> Iterator[Block]:
         """Yield the columns in blocks of these sizes."""
         # All views of a kind at once: cut one by one, they take as long as the arithmetic.
-        parts = [
-            part.split_with_sizes(sizes) for part in (self.numbers, self.levels, self.lowest, self.highest)
-        ]
+        kinds = (self.numbers, self.levels, self.moved, self.lowest, self.highest)
+        parts = [part.split_with_sizes(sizes) for part in kinds]
         scales: Iterable[torch.Tensor | None] = repeat(self.scale, len(sizes))
         if self.scale is not None and len(self.scale) == len(self.numbers):
             scales = self.scale.split_with_sizes(sizes)
         return map(Block, *parts, scales)
 
     def limit(self, lattice: Lattice) -> None:
-        """Set by how much each number may be moved."""
+        """Set by how much each number may be moved: not beyond the ends of a lattice that has no levels there."""
         import torch
 
         step: torch.Tensor | float = 1.0
@@ -87,6 +90,14 @@ class Panel(NamedTuple):
             step = above.sub(below)
         torch.add(self.numbers, step, alpha=reach, out=self.highest)
         torch.sub(self.numbers, step, alpha=reach, out=self.lowest)
+        if is_limited(lattice):
+            self.highest.clamp_(*lattice.ends)
+            self.lowest.clamp_(*lattice.ends)
+
+
+def is_limited(lattice: Lattice) -> bool:
+    """Return True where the bounds of a panel's numbers are within the lattice, so that rounding need not look at its ends."""
+    return type(lattice) in {Floats, Integers}
 
 
 class Workspace:
@@ -142,8 +153,9 @@ class Band:
         """
         first = 0
         for n in sizes:
-            numbers, chosen, lowest, highest, other = self._space.parts(n, self.width)
-            turned = other.view(self.width, n)
+            numbers, chosen, moved, lowest, highest = self._space.parts(n, self.width)
+            # Used before anything is moved, and after.
+            turned = moved.view(self.width, n)
             self._take(numbers, turned, first)
             scale = self._scale.at(first, n)
             if (bias := self._bias.at(first, n)) is not None:
@@ -152,7 +164,7 @@ class Band:
                 numbers.div_(scale)
             if (zero := self._zero.at(first, n)) is not None:
                 numbers.add_(zero)
-            panel = Panel(numbers, chosen, lowest, highest, scale)
+            panel = Panel(numbers, chosen, moved, lowest, highest, scale)
             panel.limit(self.lattice)
             yield panel
             self._put(levels, chosen, turned, first)
