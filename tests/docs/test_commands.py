@@ -152,7 +152,11 @@ def assert_parses(arguments: list[str], block: Block) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--base", "b", "--adaptor", "a", "--out", "o"], ["verify", "o", "--engine", "none"], ["convert", "a"]],
+    [
+        ["--base", "b", "--adaptor", "a", "--out", "o"],
+        ["verify", "o", "--engine", "none"],
+        ["extract", "--base", "b"],
+    ],
 )
 def test_the_parser_refuses_what_does_not_exist(arguments):
     block = Block(ROOT / "README.md", 1, "sh", "")
