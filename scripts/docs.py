@@ -2,7 +2,8 @@
 
 ``docs/cli.md`` is what ``--help`` prints, so it cannot say anything else. ``docs/api.md`` is made of the public functions. The tables of adapters and of model
 families in ``docs/supported.md`` are what the parity suite runs, those of faults in ``docs/security.md`` what `tests/faults` does,
-and the one in ``docs/serving.md`` is the rules themselves. That of ``docs/clusters.md`` is arithmetic. The tree in ``docs/design.md`` is made of the modules' docstrings;
+and the one in ``docs/serving.md`` is the rules themselves. Those of ``docs/scale.md`` are arithmetic,
+and what was measured (``docs/scale.json``). The tree in ``docs/design.md`` is made of the modules' docstrings;
 the types in ``lora_merge/requests`` are the table of options.
 """
 
@@ -18,6 +19,7 @@ import manpages
 import request_types
 import scale
 import supported
+from hollows import page
 from supported import row
 from tree import tree
 
@@ -40,7 +42,7 @@ API_PAGE = ROOT / "docs" / "api.md"
 SUPPORTED_PAGE = ROOT / "docs" / "supported.md"
 SECURITY_PAGE = ROOT / "docs" / "security.md"
 SERVING_PAGE = ROOT / "docs" / "serving.md"
-CLUSTERS_PAGE = ROOT / "docs" / "clusters.md"
+SCALE_PAGE = ROOT / "docs" / "scale.md"
 DESIGN_PAGE = ROOT / "docs" / "design.md"
 BEGIN = "<!-- {}: begin (scripts/docs.py --write) -->"
 END = "<!-- {}: end -->"
@@ -151,9 +153,16 @@ def design() -> str:
     return _renewed(DESIGN_PAGE, {"tree": f"{tree()}\n"})
 
 
-def clusters() -> str:
-    """Return the text of ``docs/clusters.md`` with its table renewed."""
-    return _renewed(CLUSTERS_PAGE, {"scale": scale.table()})
+def large() -> str:
+    """Return the text of ``docs/scale.md`` with its tables renewed."""
+    tables = {
+        "scale": scale.table(),
+        "costs": scale.costs(),
+        "plans": page.plans(),
+        "slices": page.slices(),
+        "whole": page.whole(),
+    }
+    return _renewed(SCALE_PAGE, tables)
 
 
 def _engine_rules(engine: Engine) -> str:
@@ -249,7 +258,7 @@ def main() -> None:
         (SECURITY_PAGE, security()),
         (SERVING_PAGE, serving()),
         (DESIGN_PAGE, design()),
-        (CLUSTERS_PAGE, clusters()),
+        (SCALE_PAGE, large()),
         (request_types.FOLDER / "request.py", request_types.request_module()),
         (request_types.FOLDER / "keywords.py", request_types.keywords_module()),
         *manpages.pages().items(),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.machine import machine, machine_line
 from benchmarks.measure import RunError
-from hollows import planned
+from hollows import planned, slices
 from hollows.models import MODELS, TARGETS
 
 if TYPE_CHECKING:
@@ -51,6 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     plans = commands.add_parser("plans", help="measure dry runs")
     _measuring(plans)
     plans.set_defaults(run=_plans)
+    some = commands.add_parser("slices", help="merge and verify slices, measured")
+    _measuring(some)
+    some.add_argument(
+        "--on", default=",".join(slices.PLACES), help="where, the first is compared with [%(default)s]"
+    )
+    some.add_argument("--level", choices=("full", "sample"), default="full", help="of verify [%(default)s]")
+    some.add_argument("--case", action="append", help="adapter and storage, as all:base; may be repeated")
+    some.set_defaults(run=_slices)
     return parser
 
 
@@ -79,6 +87,22 @@ def _plans(arguments: argparse.Namespace) -> None:
         rows = _told(planned.rows(model, arguments.work / model.name))
         if arguments.write:
             record("plans", model.name, rows, machine_line(machine(arguments.work)))
+
+
+def _slices(arguments: argparse.Namespace) -> None:
+    places = arguments.on.split(",")
+    if unknown := sorted(set(places) - set(slices.PLACES)):
+        sys.exit(f"hollow: --on knows {', '.join(slices.PLACES)}, not {', '.join(unknown)}")
+    known = {":".join(case): case for case in slices.CASES}
+    if unknown := sorted(set(arguments.case or ()) - set(known)):
+        sys.exit(f"hollow: --case knows {', '.join(known)}, not {', '.join(unknown)}")
+    cases = [known[name] for name in arguments.case or known]
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    for model in _chosen(arguments):
+        work = arguments.work / f"{model.name}-slice"
+        rows = _told(slices.rows(model.slice(), work, places, cases, level=arguments.level))
+        if arguments.write:
+            record("slices", model.name, rows, machine_line(machine(arguments.work)))
 
 
 def _told(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -161,6 +161,53 @@ def table() -> str:
     return "".join(rows)
 
 
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What a store asks for, in dollars."""
+
+    get: float = 0.0004 / 1000
+    put: float = 0.005 / 1000
+    """Parts that the store copies cost the same."""
+
+    gigabyte_month: float = 0.023
+    other_region: float = 0.02
+    """For each gigabyte that is read from another region of the same cloud."""
+
+    internet: float = 0.09
+    """For each gigabyte that is read from outside of the cloud. Writing is free."""
+
+
+PRICES = Prices()
+GET_BYTES, PART_BYTES = 8 << 20, 16 << 20
+"""Of requests: blocks that are read ahead, and parts."""
+
+
+def costs() -> str:
+    """Return the table of costs in Markdown."""
+    titles = [
+        "model",
+        "adapter, `--out-storage`",
+        "GET",
+        "parts",
+        "requests $",
+        "a month $",
+        "region $",
+        "internet $",
+    ]
+    rows = [row(*titles), "| --- | --- |" + " ---: |" * (len(titles) - 2) + "\n"]
+    for model in models():
+        for adapter, targets, storage in outputs(model):
+            out = model.written(targets, storage)
+            gets, puts = model.nbytes / GET_BYTES, out / PART_BYTES
+            figures = (
+                f"{gets:.0f}", f"{puts:.0f}", f"{gets * PRICES.get + puts * PRICES.put:.2f}",
+                f"{out / 1e9 * PRICES.gigabyte_month:.1f}", f"{model.nbytes / 1e9 * PRICES.other_region:.1f}",
+                f"{model.nbytes / 1e9 * PRICES.internet:.1f}",
+            )  # fmt: skip
+            rows.append(row(f"{model.name}, {model.storage}", f"{adapter}, `{storage}`", *figures))
+    return "".join(rows)
+
+
 def _shown(time: float) -> str:
     return f"{time:.0f}" if time >= 9.95 else f"{time:.1f}" if time >= 0.05 else "< 0.1"
 

@@ -35,7 +35,11 @@ def make_base(model: Model, directory: Path, *, is_hollow: bool = True) -> int:
         weight_map |= dict.fromkeys((tensor.name for tensor in held), file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index))
-    (directory / "config.json").write_text(json.dumps(model.config(), indent=2))
+    config = model.config()
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    for named in config.get("auto_map", {}).values():
+        # Copied with the weights, and never run.
+        (directory / f"{named.partition('.')[0]}.py").write_text("# The model's own code.\n")
     build_tokenizer(directory)
     return total
 

@@ -214,9 +214,9 @@ class Latent:
         return {"target_modules": sorted(ATTENTION if targets == "attention" else ATTENTION + MLP)}
 
     def slice(self) -> Latent:
-        """See `Model`: a dense layer and one with eight experts."""
-        files = numbered(4, 1, 4, 6)
-        return replace(self, files=files, n_experts=8, n_dense=1, n_layers=2, n_further=0, vocab=2048)
+        """See `Model`: a layer with four experts."""
+        files = numbered(3, 1, 3, 6)
+        return replace(self, files=files, n_experts=4, n_dense=0, n_layers=1, n_further=0, vocab=2048)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +240,7 @@ class GptOss:
         dense = ("layers.*.self_attn", "layers.*.mlp.router", "embed_tokens")
         return {
             "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True,
-            "attention_dropout": 0.0, "eos_token_id": 200002, "pad_token_id": 199999, "experts_per_token": 4,
+            "attention_dropout": 0.0, "eos_token_id": min(200_002, self.vocab - 1), "pad_token_id": min(199_999, self.vocab - 1), "experts_per_token": 4,
             "head_dim": self.width, "hidden_act": "silu", "hidden_size": self.hidden, "initial_context_length": 4096,
             "initializer_range": 0.02, "intermediate_size": self.hidden, "max_position_embeddings": 131072,
             "layer_types": [("sliding_attention", "full_attention")[n % 2] for n in range(self.n_layers)],
@@ -305,8 +305,8 @@ class GptOss:
         return fields
 
     def slice(self) -> GptOss:
-        """See `Model`: two layers of sixteen experts."""
-        return replace(self, files=numbered(4, 0, 3, 5), n_layers=2, n_experts=16, vocab=4096)
+        """See `Model`: two layers of six experts."""
+        return replace(self, files=numbered(3, 0, 2, 5), n_layers=2, n_experts=6, vocab=4096)
 
 
 def _yarn(factor: float) -> dict[str, Any]:

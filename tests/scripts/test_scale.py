@@ -37,3 +37,16 @@ def test_what_an_adapter_leaves_alone_is_the_rest_of_the_base():
 def test_a_line_takes_its_time():
     assert scale.minutes(60e9, 1, 10) == pytest.approx(1)
     assert scale.minutes(60e9, 4, 25) == pytest.approx(0.1)
+
+
+def test_costs_are_requests_gigabytes_and_prices():
+    (line,) = (line for line in scale.costs().splitlines() if "DeepSeek" in line and "all layers" in line)
+    # 688.57e9 / 2**23 and / 2**24; 82 085 x 0.0004 / 1000 + 41 042 x 0.005 / 1000; x 0.023; x 0.02; x 0.09.
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == [
+        "82085",
+        "41042",
+        "0.24",
+        "15.8",
+        "13.8",
+        "62.0",
+    ]
