@@ -105,10 +105,6 @@ def unusable(place: str) -> str:
         named = os.environ.get("LORA_MERGE_WEED") or ROOT / ".venv-stores" / "bin" / "weed"
         return "" if Path(named).is_file() else "SeaweedFS is not installed: make stores-servers"
     if place == "ray":
-        from lora_merge.executors import EXECUTORS
-
-        if "ray" not in EXECUTORS:
-            return "this version has no --executor ray"
         return "" if importlib.util.find_spec("ray") else "the package ray is not installed"
     return ""
 
@@ -166,7 +162,7 @@ def rows(
 def _opened(name: str, work: Path, stack: contextlib.ExitStack, server: Server | None) -> Place:
     if name == "s3":
         return Bucket(server or stack.enter_context(serving(work / "server")), work)
-    return Disk(work, *(("--executor", "ray") if name == "ray" else ()))
+    return Disk(work, *(("--executor", "ray", "--ray-address", "local") if name == "ray" else ()))
 
 
 def _merged(place: Place, adapter: Path, work: Path, storage: str) -> dict[str, Any]:
