@@ -86,7 +86,7 @@ def _plans(arguments: argparse.Namespace) -> None:
     for model in _chosen(arguments):
         rows = _told(planned.rows(model, arguments.work / model.name))
         if arguments.write:
-            record("plans", model.name, rows, machine_line(machine(arguments.work)))
+            record("plans", rows, machine_line(machine(arguments.work)))
 
 
 def _slices(arguments: argparse.Namespace) -> None:
@@ -102,7 +102,7 @@ def _slices(arguments: argparse.Namespace) -> None:
         work = arguments.work / f"{model.name}-slice"
         rows = _told(slices.rows(model.slice(), work, places, cases, level=arguments.level))
         if arguments.write:
-            record("slices", model.name, rows, machine_line(machine(arguments.work)))
+            record("slices", rows, machine_line(machine(arguments.work)))
 
 
 def _told(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -117,14 +117,25 @@ def _rounded(value: Any) -> Any:
     return round(value, 2) if isinstance(value, float) else value
 
 
-def record(part: str, model: str, rows: list[dict[str, Any]], about: str) -> None:
-    """Put the rows of a model in place of its older ones in the results, with the date and the machine."""
+def record(part: str, rows: list[dict[str, Any]], about: str) -> None:
+    """Put rows in place of their older ones in the results, with the date and the machine of the newest."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    others = [row for row in results.get(part, {}).get("rows", ()) if row["model"] != model]
-    order = list(MODELS)
-    both = sorted(others + rows, key=lambda row: order.index(row["model"]))
+    made = set(map(_key, rows))
+    others = [row for row in results.get(part, {}).get("rows", ()) if _key(row) not in made]
+    both = sorted(others + rows, key=_key)
     results[part] = {"date": time.strftime("%Y-%m-%d"), "machine": about, "rows": both}
     RESULTS.write_text(text_of(results))
+
+
+def _key(row: dict[str, Any]) -> tuple[int, ...]:
+    """Return what a row is about, in the order of the tables."""
+    orders = {
+        "model": tuple(MODELS),
+        "adapter": TARGETS,
+        "out_storage": planned.STORAGES,
+        "place": slices.PLACES,
+    }
+    return tuple(order.index(row[name]) if name in row else 0 for name, order in orders.items())
 
 
 def text_of(results: dict[str, Any]) -> str:

@@ -219,6 +219,7 @@ OF_SCRIPTS = {
     "docs/design.md",
     "docs/engines.md",
     "docs/extending.md",
+    "docs/scale.md",
 }
 """Pages that mention options of this project's scripts."""
 

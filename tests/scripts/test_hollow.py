@@ -11,14 +11,17 @@ from hollows.models import MODELS
 from safetensors.torch import load_file
 
 
-def test_new_rows_of_a_model_replace_its_older_ones(tmp_path, monkeypatch):
+def test_new_rows_replace_older_ones_of_the_same_kind(tmp_path, monkeypatch):
     monkeypatch.setattr(hollow, "RESULTS", tmp_path / "scale.json")
-    rows = {name: [{"model": name, "cpu_s": 1.0}, {"model": name, "cpu_s": 2.0}] for name in MODELS}
-    hollow.record("plans", "gpt-oss-120b", rows["gpt-oss-120b"], "a machine")
-    hollow.record("plans", "DeepSeek-V3", rows["DeepSeek-V3"], "a machine")
-    hollow.record("plans", "gpt-oss-120b", [{"model": "gpt-oss-120b", "cpu_s": 3.0}], "another")
+
+    def row(model, storage, seconds):
+        return {"model": model, "adapter": "all", "out_storage": storage, "cpu_s": seconds}
+
+    hollow.record("plans", [row("gpt-oss-120b", "dense", 1.0), row("gpt-oss-120b", "base", 2.0)], "a machine")
+    hollow.record("plans", [row("DeepSeek-V3", "base", 3.0)], "a machine")
+    hollow.record("plans", [row("gpt-oss-120b", "dense", 4.0)], "another")
     found = json.loads(hollow.RESULTS.read_text())["plans"]
-    assert found["rows"] == [*rows["DeepSeek-V3"], {"model": "gpt-oss-120b", "cpu_s": 3.0}]
+    assert [one["cpu_s"] for one in found["rows"]] == [3.0, 2.0, 4.0]
     assert found["machine"] == "another"
 
 
