@@ -81,7 +81,7 @@ def whole() -> str:
         rows.append(
             row(
                 one["model"], f"{WORDS[targets]}, `{one['out_storage']}`", f"{few / 1e6:.0f}e6", f"{one['cpu_s']:.1f}",
-                f"{many / 1e9:.1f}e9", f"{hours:.1f}",
+                f"{many / 1e9:.1f}e9", f"{hours:.1f}" if hours >= 0.05 else "< 0.1",
             )
         )  # fmt: skip
     return "".join(rows)
