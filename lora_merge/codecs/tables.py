@@ -19,6 +19,9 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 E2M1_SIGNS = 0x88
 """The sign bits of the two codes in a byte."""
 
+_E4M3_NAN = 0x7F
+"""The code of NaN, without its sign."""
+
 
 # Two threads may make a table at once: they make the same one.
 @lru_cache
@@ -59,8 +62,28 @@ def look_up(codes: torch.Tensor, dtype: str, out: torch.Tensor) -> None:
     """
     import torch
 
+    if dtype == "F8_E4M3" and out.device.type == "cpu" and not _has_nan(codes):
+        _widen_e4m3(codes.reshape(-1), out.view(-1))
+        return
     # Of the index types int32 is the faster, and its conversion costs a tenth of the look-up.
     torch.index_select(values_of_codes(dtype, out.device), 0, codes.reshape(-1).int(), out=out.view(-1))
+
+
+def _has_nan(codes: torch.Tensor) -> bool:
+    """Return True where one of some E4M3 codes is NaN."""
+    return codes.numel() > 0 and int(codes.bitwise_and(_E4M3_NAN).amax()) == _E4M3_NAN
+
+
+def _widen_e4m3(codes: torch.Tensor, out: torch.Tensor) -> None:
+    """Write what E4M3 codes mean that are not NaN, in half of the time of a look-up: a float16 has the same bits behind its
+    first exponent bit, and so is 2^8 times smaller.
+    """
+    import torch
+
+    halves = codes.view(torch.int8).to(torch.int16)
+    # The sign has filled all upper bits.
+    halves.bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    out.copy_(halves.view(torch.float16)).mul_(2.0**8)
 
 
 def look_up_e2m1(codes: torch.Tensor, out: torch.Tensor) -> None:
@@ -100,12 +123,12 @@ def pack_e2m1_(levels: torch.Tensor, out: torch.Tensor) -> None:
 
     # Float16 has 14 exponents below E2M1's smallest. So much smaller, levels have the exponents of their codes, and 0.5 is
     # subnormal in both.
-    halves = levels.mul_(2.0**-14).to(torch.float16).reshape(-1).view(torch.int32)
-    codes = (halves >> 9) & 0x00070007
-    codes |= (halves >> 12) & 0x00080008
+    codes = levels.mul_(2.0**-14).to(torch.float16).reshape(-1).view(torch.int32)
+    other = codes.bitwise_right_shift(12).bitwise_and_(0x00080008)
+    codes.bitwise_right_shift_(9).bitwise_and_(0x00070007).bitwise_or_(other)
     # The code of the upper half goes beside that of the lower one.
-    codes |= codes >> 12
-    out.copy_(codes.to(torch.uint8).view(out.shape))
+    torch.bitwise_right_shift(codes, 12, out=other)
+    out.copy_(codes.bitwise_or_(other).view(out.shape))
 
 
 def keep_signs_of_zeros_(codes: torch.Tensor, stored: torch.Tensor, sign: int) -> None:
