@@ -24,7 +24,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.codecs.lattice import Floats, Integers, sign_zeros_
-from lora_merge.rounding.bands import Band, Workspace
+from lora_merge.rounding.bands import Band, Memory, Workspace
 from lora_merge.rounding.schedule import band_rows, last_panel
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def round_adapter(
     *,
     along: bool = False,
     out: torch.Tensor | None = None,
+    memory: Memory | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose a level for each value, so that the error vanishes on the row space of the adapter.
 
@@ -60,6 +61,7 @@ def round_adapter(
         along: the weight is stored ``[in, out]``: the sequence runs over the lines, which must be all lines of a matrix.
         out: for the levels, in the shape of the values; it may be the values themselves, or of a dtype in which levels are
             exact. None for new memory.
+        memory: for all else; it can be given again for the next tile. None for new memory.
 
     Shapes:
         values: float32 ``[lines, in]``, along: ``[in, out]``.
@@ -74,10 +76,11 @@ def round_adapter(
     levels = torch.empty_like(values, memory_format=torch.contiguous_format) if out is None else out
     error = values.new_zeros((n_rows, len(schedule.basis)))
     size = band_rows(n_columns)
-    space = Workspace(values, max(sum(steps.sizes) for steps in schedule.panels), min(size, n_rows))
+    memory = memory or Memory()
+    space = Workspace(values, max(sum(steps.sizes) for steps in schedule.panels), min(size, n_rows), memory)
     for start in range(0, n_rows, size):
         end = min(start + size, n_rows)
-        total = _round_band(Band(values, grid, (start, end), space, along=along), schedule, levels)
+        total = _round_band(Band(values, grid, (start, end), space, along=along), schedule, levels, memory)
         error[start:end] = total[:, : end - start].t()
     return levels, error
 
@@ -95,13 +98,13 @@ def workspace_bytes(rank: int, columns: int, rows: int) -> int:
     return 4 * width * (9 * last_panel(rank, columns) + 3 * columns // 16 + 4 * rank + _OTHER)
 
 
-def _round_band(band: Band, schedule: Schedule, levels: torch.Tensor) -> torch.Tensor:
+def _round_band(band: Band, schedule: Schedule, levels: torch.Tensor, memory: Memory) -> torch.Tensor:
     """Round a band into its place among the levels; return its error, float32 ``[r, width]``."""
     total = schedule.basis.new_zeros((len(schedule.basis), band.width))
     last = schedule.panels[-1]
     sizes = [sum(steps.sizes) for steps in schedule.panels]
     most = max(max(steps.sizes) for steps in (*schedule.panels, *schedule.sweeps))
-    rounding = _Rounding(band.lattice, most, total)
+    rounding = _Rounding(band.lattice, most, total, memory)
     for steps, panel in zip(schedule.panels, band.panels(levels, sizes), strict=True):
         _decide(panel, steps, total, rounding)
         # The errors of all columns are known now: the last ones can take back what is left.
@@ -158,11 +161,12 @@ class _Rounding:
         lattice: of the levels.
         columns: of a block, at most.
         like: has the width of a panel.
+        memory: where the memory is from.
     """
 
-    def __init__(self, lattice: Lattice, columns: int, like: torch.Tensor) -> None:
+    def __init__(self, lattice: Lattice, columns: int, like: torch.Tensor, memory: Memory) -> None:
         self._lattice = lattice
-        spaces = like.new_empty((3, columns, like.shape[1]))
+        spaces = memory.of("blocks", (3, columns, like.shape[1]), like)
         # Of a few sizes, each a power of two or what is left. A view takes as long as the arithmetic of a small block.
         self._views = [spaces[:, :size].unbind() for size in range(columns + 1)]
 

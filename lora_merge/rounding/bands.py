@@ -7,6 +7,7 @@ number of columns alone, counted from the first line of the matrix.
 from __future__ import annotations
 
 from itertools import repeat
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_merge.codecs.lattice import Floats, Integers
@@ -100,17 +101,42 @@ def is_limited(lattice: Lattice) -> bool:
     return type(lattice) in {Floats, Integers}
 
 
+class Memory:
+    """Buffers that are used again for every tile of a worker: memory that is new is slow to write."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, torch.Tensor] = {}
+
+    def of(self, use: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """Return a buffer. What it had in it for the same use is overwritten.
+
+        Args:
+            use: what it is for.
+            shape: that is wanted.
+            like: a tensor of the same dtype and device.
+        """
+        n = prod(shape)
+        held = self._held.get(use)
+        if held is None or held.numel() < n or (held.dtype, held.device) != (like.dtype, like.device):
+            # The old one goes first, or both are there at the same time.
+            self._held.pop(use, None)
+            held = None
+            held = self._held[use] = like.new_empty(n)
+        return held[:n].view(shape)
+
+
 class Workspace:
-    """Memory for the panels of all bands of a tile: memory that is new is slow to write.
+    """Memory for the panels of all bands of a tile.
 
     Args:
         values: of the tile.
         columns: of a panel, at most.
         width: lines of a band, at most.
+        memory: where the memory is from.
     """
 
-    def __init__(self, values: torch.Tensor, columns: int, width: int) -> None:
-        self._memory = values.new_empty((5, columns * _aligned(width)))
+    def __init__(self, values: torch.Tensor, columns: int, width: int, memory: Memory) -> None:
+        self._memory = memory.of("panels", (5, columns * _aligned(width)), values)
 
     def parts(self, columns: int, width: int) -> tuple[torch.Tensor, ...]:
         """Return five float32 ``[columns, width]``."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import Merge
     from lora_merge.deltas.algebra import Changer
     from lora_merge.merging.worker.spans import Span
+    from lora_merge.rounding.bands import Memory
 
 
 class Choosing:
@@ -26,11 +27,12 @@ class Choosing:
 
     Args:
         op: what is done to the weight.
+        memory: of the worker, for what one tile needs.
         is_accounted: keep account of the effect of a plain dtype's nearest numbers, too.
     """
 
-    def __init__(self, op: Merge, *, is_accounted: bool = False) -> None:
-        self._op, self._rounding = op, op.rounding
+    def __init__(self, op: Merge, memory: Memory, *, is_accounted: bool = False) -> None:
+        self._op, self._rounding, self._memory = op, op.rounding, memory
         seeing = list(filter(keeps_effect, op.deltas))
         self._along = any(delta.region.transposed for delta in seeing)
         self._spans = Spans(op.view, transposed=self._along) if seeing else None
@@ -40,7 +42,6 @@ class Choosing:
             delta.facts.is_sum and delta.facts.sees_by_factor for delta in op.deltas
         )
         self._before: torch.Tensor | None = None
-        self._levels: torch.Tensor | None = None
         # On the device: a number would wait for a GPU in the middle of the loop.
         self._effects: list[torch.Tensor] = []
         self._errors: list[torch.Tensor] = []
@@ -99,7 +100,10 @@ class Choosing:
                 found_grid,
                 span.schedule,
                 along=self._along,
-                out=self._buffer(own) if grid.place is None else grid.place[rows, columns],
+                out=self._memory.of("levels", tuple(own.shape), own)
+                if grid.place is None
+                else grid.place[rows, columns],
+                memory=self._memory,
             )
             self._add(span, own, rows, columns, error)
             if own.shape == values.shape:
@@ -109,14 +113,6 @@ class Choosing:
                 levels[rows, columns] = chosen
         self._before = None
         return grid.nearest(values) if levels is None else levels
-
-    def _buffer(self, values: torch.Tensor) -> torch.Tensor:
-        """Return memory for levels. What the tile before had in it is stored by now."""
-        import torch
-
-        if self._levels is None or self._levels.shape != values.shape:
-            self._levels = torch.empty_like(values, memory_format=torch.contiguous_format)
-        return self._levels
 
     def _account(
         self, values: torch.Tensor, grid: Grid, levels: torch.Tensor, spans: Sequence[Span], start: int

@@ -21,6 +21,7 @@ from lora_merge.merging.worker.passing import Passing
 from lora_merge.merging.worker.sample import Sample
 from lora_merge.merging.worker.stopwatch import Stopwatch
 from lora_merge.merging.worker.workbench import Parts, Workbench
+from lora_merge.rounding.bands import Memory
 from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.copy_runs import CopyRun
 from lora_merge.storage.destination import Sink
@@ -94,6 +95,7 @@ class Merger:
         self._watch = watch or Stopwatch()
         self._factors = factors or Factors(load)
         self._benches: dict[str, Workbench] = {}
+        self._memory = Memory()
 
     def __call__(self, step: Step) -> tuple[TensorRecord, ...]:
         """Carry out one step.
@@ -154,7 +156,10 @@ class Merger:
             changers = self._working(op).on(start, end)
             for name, rounding in roundings.items():
                 one = replace(op, rounding=rounding)
-                sample, choosing = Sample(one, 1, _FORESEEN_ELEMENTS), Choosing(one, is_accounted=True)
+                sample, choosing = (
+                    Sample(one, 1, _FORESEEN_ELEMENTS),
+                    Choosing(one, self._memory, is_accounted=True),
+                )
                 frame = bench.frame(end - start, op.view.columns, read, written_parts(one, tile, read))
                 reader.read_into(frame.raw, read.ranges)
                 frame.decode(codec, tile)
@@ -223,7 +228,7 @@ class Merger:
             survey,
             op,
             codec,
-            Choosing(op),
+            Choosing(op, self._memory),
             places,
             bench,
         )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lora_merge.codecs.grid import Grid
 from lora_merge.codecs.lattice import E2M1, E4M3, PLAIN, Integers
 from lora_merge.rounding.adapter import round_adapter
-from lora_merge.rounding.bands import REACH
+from lora_merge.rounding.bands import REACH, Memory
 from lora_merge.rounding.basis import row_space
 from lora_merge.rounding.schedule import band_rows, damping_for, schedule_of
 
@@ -375,3 +375,16 @@ def test_small_shapes_work(rows, columns, rank):
     levels, error = round_adapter(values, grid, schedule_of(basis, 0.05))
     exact = (grid.values(levels).double() - values.double()) @ basis.double().T
     assert (error - exact).abs().max() < 1e-5
+
+
+def test_memory_that_other_tiles_were_rounded_in_changes_nothing():
+    memory = Memory()
+    for kind, n_in in (("nvfp4", 256), ("int4", 128), ("bf16", 512), ("nvfp4", 128)):
+        _, values, grid, basis = case(kind, 96, n_in, size=0.02)
+        schedule = schedule_of(basis, 0.05)
+        levels, error = round_adapter(values, grid, schedule)
+        out = memory.of("levels", tuple(values.shape), values)
+        found, own = round_adapter(values, grid, schedule, out=out, memory=memory)
+        assert found.data_ptr() == out.data_ptr()
+        assert torch.equal(found, levels)
+        assert torch.equal(own, error)
