@@ -120,8 +120,10 @@ def check_push(request: Request, planned: Planned | None = None) -> None:
     Raises:
         LoraMergeError: it may not, or the Hub cannot be asked.
     """
-    push = None if is_on_hub(request.out) else push_of(request)
-    if push is None:
+    push = push_of(request)
+    if push is not None and planned is not None:
+        _check_no_input(push, planned)
+    if push is None or is_on_hub(request.out):
         return
     if request.part or request.seal or is_store_url(request.out):
         sentence = f"is given, and the output is {'shared by several processes' if request.part or request.seal else request.out}"
@@ -130,6 +132,24 @@ def check_push(request: Request, planned: Planned | None = None) -> None:
     card = card_of(planned) if planned is not None else ""
     marks = (CONFIG_FILE, MANIFEST_FILE)
     check_target(push, marks, card, overwrite=request.overwrite or request.resume)
+
+
+def _check_no_input(push: Push, planned: Planned) -> None:
+    """Check that the output does not replace the base or an adapter where they were read.
+
+    Raises:
+        RequestError: it would.
+    """
+    if push.is_left_open:
+        return
+    for what, place in [("base", planned.base), *(("adapter", place) for place in planned.adapters)]:
+        source = place.repo.origin.source if place.repo else None
+        if source and source.host == "hf" and source.repo == push.repo:
+            if (source.revision or "main") != (push.branch or "main"):
+                continue
+            sentence = f"is {push.repo}, which is the repo of the {what}, and the output would replace it"
+            hint = "choose another repo, another branch with --revision, or --create-pr"
+            raise RequestError("", 0, "push_to_hub", sentence, hint=hint)
 
 
 def push_made(planned: Planned, root: str, watch: Observer) -> str:

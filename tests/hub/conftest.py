@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lora_merge import api
 from tests.hub.server import Hub, start
 from tests.hub.taking import WRITE_TOKEN, TakingHub
 from tests.hub.uploads import serve
@@ -19,9 +21,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[2]
+REPO = "me/merged"
 
 QUICK = frozenset({"test_remote_file.py", "test_stream_base.py", "test_uploads.py"})
 """Files whose tests run in this process, and take no time."""
+
+
+def sums(root: Path) -> dict[str, str]:
+    """Return name → SHA-256 of every file of a directory."""
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -170,3 +182,32 @@ def copied(tmp_path) -> Callable[..., Path]:
         return target
 
     return copy
+
+
+@pytest.fixture
+def branch(taking):
+    """Return a function: name → SHA-256 of the files of a branch, without the one that each repo has."""
+
+    def look(repo: str = REPO, revision: str = "main") -> dict[str, str]:
+        files = taking.state()["repos"][repo]["refs"][revision]
+        return {name: digest for name, digest in files.items() if name != ".gitattributes"}
+
+    return look
+
+
+@pytest.fixture
+def base(pico):
+    """Return a base in several shards."""
+    return pico("llama", "bfloat16", "60KB")
+
+
+@pytest.fixture
+def options(base, pico_adapter):
+    return ("--base", base, "--adapter", pico_adapter(base))
+
+
+@pytest.fixture
+def on_disk(options, tmp_path):
+    """Return the files of the same merge on this disk, by a name whose end is that of the repo."""
+    api.merge(base=options[1], adapter=options[3], out=tmp_path / "disk" / "merged")
+    return sums(tmp_path / "disk" / "merged")

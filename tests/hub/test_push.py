@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
 
 from lora_merge.cli import exits
+from tests.hub.conftest import REPO, sums
 from tests.hub.taking import READ_TOKEN
-
-REPO = "me/merged"
 
 
 def ok(result):
@@ -24,44 +21,6 @@ def refused(result):
     assert result.exit_code not in {exits.OK, exits.BUG}, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     return result.stderr
-
-
-def sums(root: Path) -> dict[str, str]:
-    """Return name → SHA-256 of every file of a directory."""
-    return {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in root.rglob("*")
-        if path.is_file()
-    }
-
-
-@pytest.fixture
-def branch(taking):
-    """Return a function: name → SHA-256 of the files of a branch, without the one that each repo has."""
-
-    def look(repo: str = REPO, revision: str = "main") -> dict[str, str]:
-        files = taking.state()["repos"][repo]["refs"][revision]
-        return {name: digest for name, digest in files.items() if name != ".gitattributes"}
-
-    return look
-
-
-@pytest.fixture
-def base(pico):
-    """Return a base in several shards."""
-    return pico("llama", "bfloat16", "60KB")
-
-
-@pytest.fixture
-def options(base, pico_adapter):
-    return ("--base", base, "--adapter", pico_adapter(base))
-
-
-@pytest.fixture
-def on_disk(options, cli, tmp_path):
-    """Return the files of the same merge on this disk, by a name whose end is that of the repo."""
-    ok(cli(*options, "--out", tmp_path / "disk" / "merged"))
-    return sums(tmp_path / "disk" / "merged")
 
 
 @pytest.mark.parametrize("where", [("--push-to-hub", REPO), ("--out", f"hf://{REPO}")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import textwrap
 import time
 from typing import TYPE_CHECKING, TypeVar
@@ -30,6 +31,11 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _LIMITS = ("storage limit", "storage patterns", "quota", "more storage", "upgrade your plan")
 """Words of the Hub's answers to an account that has no room left."""
 
+_BILLING = "https://huggingface.co/settings/billing"
+
+_IN_TEXT = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b")
+"""How hf_xet says a status. The Hub's own sentence is lost there."""
+
 _TOKEN_HINT = "pass --token, set HF_TOKEN or run `hf auth login`, with a token that can write"  # noqa: S105 - advice
 
 RESUME = "--resume continues the run, and what was uploaded is kept"
@@ -42,20 +48,30 @@ class UnansweredError(WriteError):
     """A request failed in a way that may pass: it is made again."""
 
 
+class UnreachedError(UnansweredError):
+    """A request got no answer at all."""
+
+
 class ConflictError(WriteError):
     """Something else has written to the same place."""
 
 
-def repeated(ask: Callable[[], T]) -> T:
+def repeated(ask: Callable[[], T], *, is_begun: bool = True) -> T:
     """Return what a function answers; ask again after a while when the Hub does not answer.
+
+    Args:
+        ask: makes a request.
+        is_begun: something would be lost by an end. Before that, a Hub that cannot be reached is not waited for.
 
     Raises:
         WriteError: it does not, after all tries, or it refuses.
     """
-    for wait in WAITS:
+    for wait in WAITS if is_begun else WAITS[:2]:
         try:
             return ask()
-        except UnansweredError:
+        except UnansweredError as exc:
+            if isinstance(exc, UnreachedError) and not is_begun:
+                raise
             time.sleep(wait)
     return ask()
 
@@ -84,10 +100,12 @@ def sending(push: Push, what: str = "") -> Iterator[None]:
 
 def status_of(exc: BaseException) -> int:
     """Return the HTTP status of an error, or of what caused it; 0 where there is none."""
-    return next(
-        (code for one in _chain(exc) if (code := getattr(getattr(one, "response", None), "status_code", 0))),
-        0,
-    )
+    for one in _chain(exc):
+        if code := getattr(getattr(one, "response", None), "status_code", 0):
+            return int(code)
+        if found := _IN_TEXT.search(str(one)):
+            return int(found[1])
+    return 0
 
 
 def _said(push: Push, what: str, exc: BaseException) -> WriteError:
@@ -99,15 +117,15 @@ def _said(push: Push, what: str, exc: BaseException) -> WriteError:
 def _error(push: Push, subject: str, exc: BaseException) -> WriteError:
     status, said = status_of(exc), _words(exc)
     if any(words in said.lower() for words in _LIMITS) and status in {0, 400, 402, 403, 413, 507}:
-        hint = f"free storage at https://huggingface.co/settings/billing, or ask for more; then {RESUME}"
+        hint = f"free storage at {_BILLING}, or ask for more; then {RESUME}"
         return WriteError(f"{subject}: the Hub takes no more bytes ({said})", hint=hint)
     if status in {401, 403, 404} or is_named(exc, "LocalTokenNotFound", "RepositoryNotFound"):
-        return _refused(push, subject, status, said)
+        return _refused(push, subject, status, "" if _IN_TEXT.search(said) else said)
     if status in {409, 412}:
         hint = "run again while nothing else writes to it"
         return ConflictError(f"{subject}: something else writes there too ({said})", hint=hint)
     if status in _FOR_A_WHILE:
-        return UnansweredError(f"{subject}: the Hub answered with status {status}", hint=f"later, {RESUME}")
+        return UnansweredError(f"{subject}: the Hub answered with status {status}", hint="run again later")
     if status:
         return WriteError(f"{subject}: the Hub answered with status {status} ({said})")
     return _without_answer(subject, exc, said)
@@ -115,6 +133,12 @@ def _error(push: Push, subject: str, exc: BaseException) -> WriteError:
 
 def _refused(push: Push, subject: str, status: int, said: str) -> WriteError:
     """Return the error for a token that is missing, wrong, or that may not do what it is used for."""
+    if status == 403 and not said:
+        sentence = (
+            f"{subject}: the Hub does not take it: no storage is left, or the token may not write there"
+        )
+        hint = f"look at {_BILLING}, and use a token that may write to {push.repo}; then {RESUME}"
+        return WriteError(sentence, hint=hint)
     if status == 403:
         sentence = f"{subject}: the token may not do this ({said})"
         return WriteError(sentence, hint=f"use one that may write to {push.repo}; then {RESUME}")
@@ -135,10 +159,13 @@ def _without_answer(subject: str, exc: BaseException, said: str) -> WriteError:
             return WriteError(
                 f"{subject}: no space left on the disk of the spool", hint="set TMPDIR to another disk"
             )
+    if isinstance(exc, OSError) and exc.filename:
+        sentence = f"{subject}: {exc.filename}: {exc.strerror} (a file of this disk)"
+        return WriteError(sentence, hint="set TMPDIR to a folder that can be written to")
     if is_named(exc, "ValueError", "ValidationError"):
         return WriteError(f"{subject}: the Hub refuses it ({said})")
     sentence = f"{subject}: the Hub cannot be reached ({type(exc).__name__}: {said})"
-    return UnansweredError(sentence, hint=f"check the network, proxies and HF_ENDPOINT; {RESUME}")
+    return UnreachedError(sentence, hint="check the network, proxies and HF_ENDPOINT, and run again")
 
 
 def _words(exc: BaseException) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_merge.errors import LoraMergeError
 from lora_merge.storage.hub.uploads.bars import quiet_bars
 from lora_merge.storage.hub.uploads.pull_request import FOLDER, PullRequest
-from lora_merge.storage.hub.uploads.remote_repo import RemoteRepo
+from lora_merge.storage.hub.uploads.remote_repo import RemoteRepo, versions_of
 from lora_merge.storage.hub.uploads.replacing import check_free, replaced
 from lora_merge.storage.objects.store import Entry
 
@@ -44,7 +44,7 @@ def push_folder(
     Raises:
         LoraMergeError: the branch is taken, or the Hub refuses something. The directory stays.
     """
-    repo, files = RemoteRepo(push), _files(root)
+    repo, files = RemoteRepo(push, is_begun=True), _files(root)
     with quiet_bars():
         watch.phase(f"pushing to {push.repo}", sum(path.stat().st_size for path in files.values()))
         branch = repo.branch()
@@ -61,7 +61,7 @@ def push_folder(
             _fill(pull, files, entries, watch, repo)
             removed = [name for name in replaced(branch, files) if not name.startswith(FOLDER)]
             small = {name: path for name, path in files.items() if not name.endswith(_LARGE)}
-            pull.complete(small, removed, push.message)
+            pull.complete(small, files.keys() - small.keys(), removed, push.message)
             if push.is_left_open:
                 return pull.url
             pull.merge("The output is complete.")
@@ -118,10 +118,7 @@ def _has_all(branch: Branch, files: Mapping[str, Path], manifest: str) -> bool:
     sizes = {name: entry.nbytes for name, entry in branch.entries.items()}
     if manifest not in files or any(sizes.get(name) != path.stat().st_size for name, path in files.items()):
         return False
-    content = files[manifest].read_bytes()
-    # Of a small file the Hub states Git's hash, of a large one SHA-256.
-    blob = hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False)
-    return branch.entries[manifest].version in {blob.hexdigest(), hashlib.sha256(content).hexdigest()}
+    return branch.entries[manifest].version in versions_of(files[manifest].read_bytes())
 
 
 def _fingerprint(entries: Mapping[str, Entry]) -> str:

@@ -258,6 +258,7 @@ class HubDestination:
             self._repo.create()
             base = self._repo.head(self._push.branch or None)
             self._pull = PullRequest.open(self._repo, merge, base, self._push.message)
+        self._repo.is_begun = True
         endpoint = str(self._repo.api.endpoint)
         is_stream = self._push.way == "stream"
         self._way = Stream(self._pull, self._push, endpoint) if is_stream else Spool(self._pull)
@@ -339,7 +340,8 @@ class HubDestination:
         names = self._shadow.listing().keys()
         branch = self._repo.branch()
         removed = [name for name in replaced(branch, {*self._planned, *names}) if not name.startswith(FOLDER)]
-        pull.complete({name: self._shadow.path / name for name in names}, removed, self._push.message)
+        small = {name: self._shadow.path / name for name in names}
+        pull.complete(small, self._planned, removed, self._push.message)
         if not self._push.is_left_open:
             pull.merge("The output is complete and verified.")
         self._is_published = True

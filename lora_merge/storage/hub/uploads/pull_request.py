@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.errors import WriteError
 from lora_merge.storage.evidence import Finished, evidence_of
 from lora_merge.storage.hub.uploads.failures import ConflictError, UnansweredError, repeated, sending
-from lora_merge.storage.hub.uploads.remote_repo import MARK
+from lora_merge.storage.hub.uploads.remote_repo import MARK, versions_of
+from lora_merge.storage.hub.uploads.replacing import KEPT
 from lora_merge.storage.objects.store import Entry
-from lora_merge.words import counted
+from lora_merge.words import counted, listing
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -131,6 +132,8 @@ class PullRequest:
         at = head
         if RUN not in entries:
             at = _before(repo, opened.number)
+            if RUN not in repo.entries(at):
+                return None
         content = repo.small_files(at, [RUN])
         with contextlib.suppress(ValueError, KeyError, TypeError):
             run = json.loads(content[RUN])
@@ -276,11 +279,14 @@ class PullRequest:
 
         self.head = ask() if is_last_try else repeated(carefully)
 
-    def complete(self, small: Mapping[str, Path], removed: Collection[str], message: str) -> None:
+    def complete(
+        self, small: Mapping[str, Path], large: Collection[str], removed: Collection[str], message: str
+    ) -> None:
         """Commit the small files, and remove old ones and the evidence. What is not yet committed comes before.
 
         Args:
             small: name → a file of this disk.
+            large: names of the files that are there already.
             removed: files of the branch that the output does not have.
             message: of the commit.
 
@@ -296,15 +302,16 @@ class PullRequest:
         operations += [CommitOperationDelete(name) for name in gone]
         if any(name.startswith(FOLDER) for name in entries):
             operations.append(CommitOperationDelete(FOLDER, is_folder=True))
-        sizes = {name: path.stat().st_size for name, path in small.items()}
         with self._lock:
             self._commit(operations, message, {})
         after = self._repo.entries(self.head)
-        wrong = [name for name, size in sizes.items() if name not in after or after[name].nbytes != size]
-        left = [name for name in after if name.startswith(FOLDER) or name in gone]
-        if wrong or left:
-            sentence = f"{self.url}: the Hub has other files than were committed: {', '.join(sorted([*wrong, *left]))}"
-            raise WriteError(sentence, hint="close the pull request, and run again")
+        wrong = {name for name in large if after.get(name) != entries.get(name)}
+        wrong |= {name for name, path in small.items() if not _is_there(after, name, path)}
+        wrong |= after.keys() - {*small, *large, KEPT}
+        if wrong:
+            sentence = f"{self.url}: has other files than this run has written ({listing(sorted(wrong), 3)})"
+            hint = "something else writes there too: close the pull request, and run again"
+            raise ConflictError(sentence, hint=hint)
 
     def merge(self, comment: str) -> None:
         """Merge it into its branch, which then has the whole output at once.
@@ -318,16 +325,29 @@ class PullRequest:
             hint = f"look at {self.url}: the output is complete there; merge it, or close it and run again"
             raise ConflictError(sentence, hint=hint)
 
+        if self._repo.head(self.reference) != self.head:
+            sentence = f"{self.url}: something else has committed there, so it was not merged"
+            raise ConflictError(sentence, hint="close it, and run again")
+
         def ask() -> None:
             try:
                 with sending(push):
                     self._repo.api.merge_pull_request(push.repo, self.number, comment=comment)
             except WriteError:
                 # It may be merged, and the answer lost.
-                if self._repo.head(push.branch or None) == self._base:
+                if self._status() != "merged":
                     raise
 
         repeated(ask)
+        wanted, found = self._repo.entries(self.head), self._repo.entries(self._repo.target)
+        if wanted != found:
+            odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            sentence = f"{push}: something else has written there at the same moment ({listing(odd, 3)})"
+            raise ConflictError(sentence, hint=f"look at it; {self.url} has the output alone")
+
+    def _status(self) -> str:
+        with sending(self._repo.push):
+            return str(self._repo.api.get_discussion_details(self._repo.push.repo, self.number).status)
 
     def close(self, comment: str) -> None:
         """Close it; it stays to be seen.
@@ -339,6 +359,11 @@ class PullRequest:
             self._repo.api.change_discussion_status(
                 self._repo.push.repo, self.number, new_status="closed", comment=comment
             )
+
+
+def _is_there(entries: Mapping[str, Entry], name: str, path: Path) -> bool:
+    """Return True when some files have the bytes of a file of this disk under a name."""
+    return name in entries and entries[name].version in versions_of(path.read_bytes())
 
 
 def _before(repo: RemoteRepo, number: int) -> str:

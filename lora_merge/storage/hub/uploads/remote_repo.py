@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_merge.errors import RequestError, WriteError
 from lora_merge.runtime.temporary import temporary_folder
@@ -14,9 +15,11 @@ from lora_merge.storage.hub.uploads.failures import repeated, sending
 from lora_merge.storage.objects.store import Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from lora_merge.storage.hub.uploads.push import Push
+
+T = TypeVar("T")
 
 MARK = "Merge: "
 """Before the fingerprint, in the description of a pull request."""
@@ -45,15 +48,22 @@ class Opened:
     description: str
 
 
+def versions_of(content: bytes) -> frozenset[str]:
+    """Return the versions that the Hub may state for a file: Git's hash of a small one, the SHA-256 of a large one."""
+    blob = hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False)
+    return frozenset({blob.hexdigest(), hashlib.sha256(content).hexdigest()})
+
+
 class RemoteRepo:
     """A repo of the Hub, as a run that pushes to it sees it.
 
     Args:
         push: which one, and how.
+        is_begun: weights are made or uploaded already, so that it is worth to wait for a Hub that does not answer.
     """
 
-    def __init__(self, push: Push) -> None:
-        self.push = push
+    def __init__(self, push: Push, *, is_begun: bool = False) -> None:
+        self.push, self.is_begun = push, is_begun
 
     @cached_property
     def api(self) -> Any:
@@ -61,6 +71,9 @@ class RemoteRepo:
         import huggingface_hub
 
         return huggingface_hub.HfApi(token=self.push.token, library_name="lora-merge")
+
+    def _repeated(self, ask: Callable[[], T]) -> T:
+        return repeated(ask, is_begun=self.is_begun)
 
     @property
     def exists(self) -> bool:
@@ -83,7 +96,7 @@ class RemoteRepo:
                 return self.api.model_info(self.push.repo, revision=revision)
             return None
 
-        return repeated(ask)
+        return self._repeated(ask)
 
     def branch(self) -> Branch:
         """Return the branch that the output goes to; an empty one where it does not exist.
@@ -122,7 +135,7 @@ class RemoteRepo:
                     if hasattr(one, "size")
                 }
 
-        return repeated(ask)
+        return self._repeated(ask)
 
     def small_files(self, revision: str, names: Collection[str]) -> dict[str, bytes]:
         """Return the content of small files.
@@ -149,7 +162,7 @@ class RemoteRepo:
                 )
                 return {name: (folder / name).read_bytes() for name in names}
 
-        return repeated(ask)
+        return self._repeated(ask)
 
     def check_may_write(self) -> None:
         """Check that the token may write to the repo, or may create it.
@@ -164,14 +177,14 @@ class RemoteRepo:
                 found: Mapping[str, Any] = self.api.whoami()
                 return found
 
-        me = repeated(ask)
+        me = self._repeated(ask)
         role = me.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             hint = "make a token with the role “write” at https://huggingface.co/settings/tokens"
             raise WriteError(f"{push}: the token can only read", hint=hint)
         if self.exists:
             if not push.is_left_open:
-                repeated(self._ask_for_write)
+                self._repeated(self._ask_for_write)
             return
         owner = push.repo.partition("/")[0]
         owners = [str(me.get("name")), *(str(org.get("name")) for org in me.get("orgs", ()))]
@@ -212,7 +225,7 @@ class RemoteRepo:
                     )
                 return ""
 
-        said = repeated(ask)
+        said = self._repeated(ask)
         if said:
             sentence = f"is {self.push.repo}, and the Hub refuses the model card of this output: {said}"
             hint = "correct the front matter of the base's or the adapter's README.md, and run again"
@@ -236,7 +249,7 @@ class RemoteRepo:
         info = self._info(None)
         if info is not None:
             self.check_visibility(is_private=bool(info.private))
-        repeated(ask)
+        self._repeated(ask)
 
     def check_visibility(self, *, is_private: bool) -> None:
         """Check that a repo that exists is as private as was asked for.
@@ -262,7 +275,7 @@ class RemoteRepo:
                 me = self.api.whoami()["name"]
                 return sorted(self._of(me), key=lambda one: -one.number)
 
-        return repeated(ask)
+        return self._repeated(ask)
 
     def _of(self, author: str) -> Iterator[Opened]:
         found = self.api.get_repo_discussions(

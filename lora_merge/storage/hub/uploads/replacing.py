@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _OF_EMPTY = frozenset({".gitattributes", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"})
 """Files that the Hub's own page makes in a new repo."""
 
-_KEPT = ".gitattributes"
+KEPT = ".gitattributes"
 """It says which files Git stores elsewhere. Each repo has it."""
 
 
@@ -62,7 +62,7 @@ def check_apart(wish: Wish, push: Push) -> None:
 
 def replaced(branch: Branch, written: Iterable[str]) -> list[str]:
     """Return the files of a branch that an output removes: all but its own."""
-    return sorted(branch.entries.keys() - {*written, _KEPT})
+    return sorted(branch.entries.keys() - {*written, KEPT})
 
 
 def is_whole(branch: Branch, manifest: str) -> bool:

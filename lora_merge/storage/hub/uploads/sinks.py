@@ -247,8 +247,19 @@ def check_streams() -> None:
 
 
 def spool_place() -> Path:
-    """Return the folder in which the spool is: ``TMPDIR``, else ``/var/tmp``, which is on a disk, else the system's own."""
-    kept = Path("/var/tmp")  # noqa: S108 - a folder with a random name is made in it
-    if os.environ.get("TMPDIR") or not os.access(kept, os.W_OK):
-        return Path(tempfile.gettempdir())
-    return kept
+    """Return the folder in which the spool is: ``TMPDIR``, else ``/var/tmp``, which is on a disk, else the system's own.
+
+    Raises:
+        RequestError: ``TMPDIR`` cannot be written to.
+    """
+    kept, asked = Path("/var/tmp"), os.environ.get("TMPDIR")  # noqa: S108 - a folder with a random name is made in it
+    if asked:
+        # The standard library would take another folder without a word, and that may be small.
+        try:
+            with tempfile.TemporaryFile(dir=asked):
+                return Path(asked)
+        except OSError as exc:
+            sentence = f"writes weight files to this disk first, and TMPDIR is {asked} ({exc.strerror})"
+            hint = "set TMPDIR to a folder on a disk with room, or pass --upload stream"
+            raise RequestError("", 0, "upload", sentence, hint=hint) from exc
+    return kept if os.access(kept, os.W_OK) else Path(tempfile.gettempdir())
