@@ -341,6 +341,8 @@ def _elsewhere(errand: _Errand) -> list[JobReport]:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)
     _, jobs = errand
+    # Until this process ends: the next job finds the workers of this one.
+    executors.stay_connected()
     # Whether the batch goes on after a failure is decided by the parent.
     batch = Batch(jobs, _Silent(), keep_going=True)
     with contextlib.suppress(KeyboardInterrupt):

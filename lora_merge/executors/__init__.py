@@ -40,7 +40,7 @@ IMPORTS: Mapping[str, tuple[str, ...]] = {
 RAY = "ray"
 """The executor whose workers are tasks on a Ray cluster. It is not in the table, since it needs a `Demand` too."""
 
-__all__ = ["EXECUTORS", "IMPORTS", "RAY", "Executor", "choices", "connections", "pick"]
+__all__ = ["EXECUTORS", "IMPORTS", "RAY", "Executor", "choices", "connections", "pick", "stay_connected"]
 
 
 def choices() -> tuple[str, ...]:
@@ -53,6 +53,13 @@ def connections() -> contextlib.AbstractContextManager[None]:
     from lora_merge.executors.ray.cluster import held
 
     return held()
+
+
+def stay_connected() -> None:
+    """Keep such a connection for as long as this process lasts."""
+    from lora_merge.executors.ray.cluster import stay
+
+    stay()
 
 
 def pick(n_workers: int, device: str = "cpu", name: str = "auto", demand: Demand | None = None) -> Executor:

@@ -59,6 +59,12 @@ def held() -> Iterator[None]:
                 _disconnect()
 
 
+def stay() -> None:
+    """Keep the connection until this process ends, which ends it too."""
+    with _LINK.lock:
+        _LINK.n_holders += 1
+
+
 def connect(address: str) -> int:
     """Connect to a cluster, unless this process is connected to it; return the number of CPUs of its nodes.
 
@@ -208,7 +214,14 @@ def _refusal(address: str, text: str) -> RequestError:
             f"is local, but no Ray cluster can be started here ({first})",
             "see the log in /tmp/ray/session_latest/logs",
         )
-    return _silence(address, next(iter(text.strip().splitlines()), "")[:200])
+    # Something has answered before.
+    sentence = (
+        f"is {address}, which refused the connection ({next(iter(text.strip().splitlines()), '')[:200]})"
+    )
+    return _error(
+        sentence,
+        "a cluster that asks for a token needs RAY_AUTH_MODE=token here; or it is another service's port",
+    )
 
 
 def _silence(address: str, why: str) -> RequestError:
