@@ -9,11 +9,12 @@ ORACLES := .venv-oracles
 LEAN    := .venv-lean
 LOWEST  := .venv-lowest
 STORES  := .venv-stores
+RAY     := .venv-ray
 IMAGE   ?= lora-merge
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pictures check lint format type layers measures docs site test system quick browser report-pictures crossed fuzz values kills detection engines engines-table oracles stores stores-servers bench rounding lean lowest image clean
+.PHONY: help setup demo pictures check lint format type layers measures docs site test system quick browser report-pictures crossed fuzz values kills detection engines engines-table oracles stores stores-servers ray bench rounding lean lowest image clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -130,6 +131,17 @@ $(STORES)/.installed: tests/stores/requirements.txt
 		else echo "stores: Azurite was not installed, since there is no npm"; fi
 	@touch $@
 
+ray: setup $(RAY)/.installed ## --executor ray on a Ray cluster of two nodes: same bytes, losses, interrupts (QUICK=1: without those that end processes)
+	$(RAY)/bin/python -m pytest tests/ray -n 0 $(if $(QUICK),-m "not system")
+
+$(RAY)/.installed: tests/ray/requirements.txt
+	@echo "ray: creating $(RAY), which sees the packages of $(VENV), and installing Ray (half a minute, 0.3 GB)"
+	$(PYTHON) -m venv --clear $(RAY)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$($(RAY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages_of_venv.pth"
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/ray/requirements.txt
+	@touch $@
+
 bench: setup ## Time a merge against cp, PEFT and other tools, on synthetic Llamas (SIZE=1,3 is gigabytes)
 	$(BIN)/python scripts/bench.py --size $(or $(SIZE),3)
 
@@ -161,5 +173,5 @@ image: ## Build the container image IMAGE=lora-merge; TORCH_INDEX=URL takes anot
 	docker build $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) -t $(IMAGE) .
 
 clean: ## Remove .venv and everything that was built
-	rm -rf $(VENV) $(ENGINES) $(ORACLES) $(LEAN) $(LOWEST) $(STORES) .site .demo .bench .fuzz .rounding .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(ENGINES) $(ORACLES) $(LEAN) $(LOWEST) $(STORES) $(RAY) .site .demo .bench .fuzz .rounding .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
