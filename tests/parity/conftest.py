@@ -46,8 +46,10 @@ def everything_travels(request: pytest.FixtureRequest) -> Iterator[None]:
     stays = "monkeypatch" in inspect.signature(request.function).parameters
     real = executors.pick
 
-    def pick(n_workers: int, device: str = "cpu", name: str = "auto") -> executors.Executor:
-        run = real(n_workers, device, name)
+    def pick(
+        n_workers: int, device: str = "cpu", name: str = "auto", demand: Any = None
+    ) -> executors.Executor:
+        run = real(n_workers, device, name, demand)
 
         def travelled(spec: Any, pieces: Any, n: int) -> Any:
             if name != "auto" or not isinstance(spec, CopySpec | MergeSpec):
