@@ -19,7 +19,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
 from lora_merge.cli import exits
 from lora_merge.cli.app import main
 from lora_merge.cli.issues import say_bug
-from lora_merge.cli.program import AS_EXTENSION, call_it, called
+from lora_merge.cli.program import AS_EXTENSION, call_it, called, own_process
 from lora_merge.runtime.shortage import mind_limits
 from lora_merge.runtime.streams import finish, guard
 from lora_merge.runtime.temporary import remove_folders
@@ -39,6 +39,7 @@ def entry() -> NoReturn:
     guard()
     # The process is about to end, and collecting garbage while torch loads takes a fifth of a second.
     gc.disable()
+    own_process()
     mind_limits()
     code = 0
     try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lora_merge.cli.issues import say_issues
 from lora_merge.cli.next_steps import after_conversion, after_merge, command, say_next, serving
 from lora_merge.cli.plans import merge_lines, print_plan, print_profile
+from lora_merge.cli.program import seconds_until_now
 from lora_merge.cli.progress import watching
 from lora_merge.cli.proofs import print_proof, say_failed
 from lora_merge.cli.tables import done_text, print_batch, print_conversion, print_inspection
@@ -37,6 +38,7 @@ class Console:
 
     def __init__(self, *, as_json: bool, quiet: bool, verbose: bool, profile: bool = False) -> None:
         self._as_json, self._quiet, self._verbose, self._profile = as_json, quiet, verbose, profile
+        self._start = seconds_until_now()
 
     def watching(self) -> AbstractContextManager[Observer]:
         """Yield an observer that draws a progress bar on a terminal, and prints plain lines elsewhere."""
@@ -68,7 +70,7 @@ class Console:
                 say(line)
         self._time(report.seconds)
         if self._profile:
-            print_profile(report)
+            print_profile(report, self._start, seconds_until_now())
         if self._as_json or self._quiet:
             return
         if report.part:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_merge.core.report import Foreseen, Report, Summary
 
 _PHASES = {
+    "start": "start Python, load the program",
     "plan": "read headers, match the adapter, lay out the output",
     "resume": "check what an interrupted run has written",
     "copy": "copy tensors that do not change; torch loads meanwhile",
@@ -26,6 +27,7 @@ _PHASES = {
     "verify": "verify the output",
     "flush": "wait until everything is on the disk",
     "publish": "give the output its name",
+    "other": "all between these",
 }
 _STAGES = {
     "copy": "copy tensors that do not change",
@@ -186,10 +188,20 @@ def _quantised_rows(numbers: Mapping[str, int]) -> list[tuple[str, Cell]]:
     return rows
 
 
-def print_profile(report: Report) -> None:
-    """Print the wall time of each phase, and the summed busy time of the workers in each stage."""
+def print_profile(report: Report, start: float | None, until_now: float | None) -> None:
+    """Print the wall time of each phase, and the summed busy time of the workers in each stage.
+
+    Args:
+        report: on the merge.
+        start: seconds until the program could begin; until_now: since the process began: then the phases add up to it. None
+            where the process is another program's.
+    """
     width, n = width_of(sys.stderr), report.summary.n_workers
-    say_layout(["", "Where the time went:", *_times("phase", report.seconds, _PHASES, width)])
+    phases = dict(report.seconds)
+    if start is not None and until_now is not None:
+        other = until_now - start - sum(phases.values())
+        phases = {"start": start, **phases, "other": max(other, 0.0)}
+    say_layout(["", "Where the time went:", *_times("phase", phases, _PHASES, width)])
     if report.busy_seconds:
         title = f"Copying and merging, {counted(n, 'worker')} together:"
         busy = {stage: report.busy_seconds[stage] for stage in _STAGES if stage in report.busy_seconds}

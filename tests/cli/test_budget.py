@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -62,3 +65,32 @@ def test_seconds_of_every_phase_and_stage_are_in_the_report(arguments, cli, tmp_
     assert all(seconds >= 0 for seconds in report["seconds"].values())
     assert {"copy", "digest", "read", "change", "write"} <= report["busy_seconds"].keys()
     assert 0 < sum(report["busy_seconds"].values()) < 60
+
+
+@pytest.mark.system
+def test_the_phases_of_a_profile_add_up_to_the_life_of_the_process(arguments, tmp_path):
+    command = [sys.executable, "-m", "lora_merge", *map(str, arguments), "--out", str(tmp_path / "out")]
+    began = time.perf_counter()
+    result = subprocess.run([*command, "--profile", "--quiet"], capture_output=True, text=True, check=True)
+    wall = time.perf_counter() - began
+    phases, _ = result.stderr.split("Copying and merging")
+    found = {word: float(took) for word, took in re.findall(r"^  (\w+) +(\d+\.\d\d)", phases, re.MULTILINE)}
+    total = found.pop("all")
+    assert list(found)[0] == "start"
+    assert found["other"] < 0.05 * total + 0.05
+    assert abs(sum(found.values()) - total) < 0.005 * (len(found) + 1)
+    # What is not in it is the exit, and the start of the process by this one.
+    assert 0.95 * wall - 0.1 < total < wall + 0.02
+
+
+def test_within_another_program_a_profile_is_of_the_merge_alone(arguments, cli, tmp_path):
+    result = cli(*arguments, "--out", tmp_path / "out", "--profile", "--quiet")
+    assert not re.search(r"^  (start|other) ", result.stderr, re.MULTILINE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked since when a process runs")
+def test_the_age_of_a_process_counts_from_its_start():
+    code = "import time; time.sleep(0.5); from lora_merge.runtime.age import age; print(age())"
+    began = time.perf_counter()
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 0.5 <= float(told) <= time.perf_counter() - began + 0.02
