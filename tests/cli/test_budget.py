@@ -76,7 +76,7 @@ def test_the_phases_of_a_profile_add_up_to_the_life_of_the_process(arguments, tm
     phases, _ = result.stderr.split("Copying and merging")
     found = {word: float(took) for word, took in re.findall(r"^  (\w+) +(\d+\.\d\d)", phases, re.MULTILINE)}
     total = found.pop("all")
-    assert list(found)[0] == "start"
+    assert next(iter(found)) == "start"
     assert found["other"] < 0.05 * total + 0.05
     assert abs(sum(found.values()) - total) < 0.005 * (len(found) + 1)
     # What is not in it is the exit, and the start of the process by this one.
