@@ -6,7 +6,7 @@ for the command.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_merge.core.report import Observer, Silence
 from lora_merge.merging.run import run
@@ -55,11 +55,13 @@ __all__ = [
     "verify",
 ]
 
+Placed = TypeVar("Placed", Request, ConvertRequest, ExtractRequest)
+
 
 def merge(
     *,
     adapter: AdapterPaths,
-    out: str | PathLike[str],
+    out: str | PathLike[str] | None = None,
     observer: Observer | None = None,
     **options: Unpack[MergeOptions],
 ) -> Report:
@@ -68,7 +70,7 @@ def merge(
     Args:
         adapter: adapter directory, repo (``org/name``, ``org/name/folder@revision``, ``ms://org/name``) or URL
             (``s3://bucket/folder``), or several. Each may end in ``:WEIGHT``. A mapping gives weights too: ``{"style": 0.7, "facts": 1}``.
-        out: directory to create.
+        out: directory to create. It may be left out with ``push_to_hub``.
         observer: hears of phases and bytes.
         **options: those of ``lora-merge merge``, with underscores: ``base``, ``dtype``, ``combine``, ``workers``,
             ``overwrite`` … `MergeOptions` has all of them.
@@ -76,7 +78,7 @@ def merge(
     Raises:
         LoraMergeError: with a sentence and a ``hint``. ``out`` is then as it was before.
     """
-    request = parse_keywords(Request, "merge", {"adapter": adapter, "out": out, **options})
+    request = _with_place(Request, "merge", {"adapter": adapter, "out": out, **options})
     with _page_file("merge", request) as page:
         return page.show(run(request, observer=observer))
 
@@ -150,9 +152,24 @@ def _page_file(verb: Verb, request: Request | VerifyRequest | InspectRequest) ->
     return PageFile(request.report, subject_of(verb, request, command))
 
 
+def _with_place(kind: type[Placed], verb: Verb, keywords: dict[str, Any]) -> Placed:
+    """Return the request of a call that needs a directory or a repo.
+
+    Raises:
+        TypeError: it has neither.
+        RequestError: a value does not parse.
+    """
+    if keywords["out"] is not None:
+        return parse_keywords(kind, verb, keywords)
+    del keywords["out"]
+    if not keywords.get("push_to_hub"):
+        raise TypeError(f"{verb}() missing 1 required keyword-only argument: 'out'")
+    return parse_keywords(kind, verb, keywords, {"out": ""})
+
+
 def convert(
     adapter: str | PathLike[str],
-    out: str | PathLike[str],
+    out: str | PathLike[str] | None = None,
     *,
     observer: Observer | None = None,
     **options: Unpack[ConvertOptions],
@@ -161,7 +178,7 @@ def convert(
 
     Args:
         adapter: directory, repo or URL.
-        out: directory to create.
+        out: directory to create. It may be left out with ``push_to_hub``.
         observer: hears of phases and bytes.
         **options: those of ``lora-merge convert``, with underscores: ``base``, ``engine`` (``--for``), ``format``,
             ``rank``, ``to_lora`` … `ConvertOptions` has all of them.
@@ -171,14 +188,14 @@ def convert(
     """
     from lora_merge.conversion.run import convert_adapter
 
-    request = parse_keywords(ConvertRequest, "convert", {"adapter": adapter, "out": out, **options})
+    request = _with_place(ConvertRequest, "convert", {"adapter": adapter, "out": out, **options})
     return convert_adapter(request, observer=observer)
 
 
 def extract(
     base: str | PathLike[str],
     tuned: str | PathLike[str],
-    out: str | PathLike[str],
+    out: str | PathLike[str] | None = None,
     *,
     observer: Observer | None = None,
     **options: Unpack[ExtractOptions],
@@ -188,7 +205,7 @@ def extract(
     Args:
         base: the model before the training: directory, repo or URL.
         tuned: the model after it.
-        out: directory to create.
+        out: directory to create. It may be left out with ``push_to_hub``.
         observer: hears of phases and bytes.
         **options: those of ``lora-merge extract``, with underscores; ``rank`` or ``energy`` has to be given.
             `ExtractOptions` has all of them.
@@ -199,7 +216,7 @@ def extract(
     from lora_merge.conversion.extraction import extract_adapter
 
     keywords = {"base": base, "tuned": tuned, "out": out, **options}
-    return extract_adapter(parse_keywords(ExtractRequest, "extract", keywords), observer=observer)
+    return extract_adapter(_with_place(ExtractRequest, "extract", keywords), observer=observer)
 
 
 def diagnose() -> Diagnosis:

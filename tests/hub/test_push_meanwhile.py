@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from huggingface_hub import HfApi
 
+from lora_merge import api
 from lora_merge.cli import exits
 from tests.hub.conftest import REPO
 from tests.hub.test_push import ok, refused
@@ -154,6 +157,32 @@ class TestNoAnswer:
         assert "the Hub cannot be reached" in said
         assert "HF_ENDPOINT" in said
         assert "--resume" not in said
+
+    @pytest.mark.parametrize("endpoint", ["put", "commit", "merge"])
+    def test_silence_ends_and_is_asked_again(
+        self, endpoint, options, cli, taking, branch, on_disk, monkeypatch
+    ):
+        from huggingface_hub.utils import close_session
+
+        from lora_merge.storage.hub.uploads import failures
+
+        monkeypatch.setattr(failures, "SILENCE_SECONDS", 1.0)
+        close_session()
+        taking.plan(endpoint, stall=True)
+        began = time.monotonic()
+        ok(cli(*options, "--push-to-hub", REPO))
+        close_session()
+        assert time.monotonic() - began < 30
+        assert branch() == on_disk
+
+
+@pytest.mark.parametrize("taking", ["lfs"], indirect=True)
+def test_python_pushes_without_a_directory(options, taking, branch, on_disk):
+    report = api.merge(base=options[1], adapter=options[3], push_to_hub=REPO)
+    assert report.pushed == f"{taking.url}/{REPO}"
+    assert branch() == on_disk
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'out'"):
+        api.merge(base=options[1], adapter=options[3])
 
 
 @pytest.mark.parametrize("way", ["spool", "stream"])

@@ -23,6 +23,9 @@ T = TypeVar("T")
 WAITS = (1, 4, 15, 30, 60)
 """Seconds between the tries of one request. The package itself repeats requests of some kinds, for seconds."""
 
+SILENCE_SECONDS = 300.0
+"""After so long without a byte, a request counts as one without an answer. The package itself waits for ever."""
+
 _FOR_A_WHILE = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses of a server that may answer otherwise in a moment."""
 
@@ -89,6 +92,7 @@ def sending(push: Push, what: str = "") -> Iterator[None]:
     """
     from huggingface_hub import errors
 
+    _limit_silence()
     try:
         yield
     except LoraMergeError:
@@ -96,6 +100,15 @@ def sending(push: Push, what: str = "") -> Iterator[None]:
     except (errors.HTTPError, OSError, ValueError, RuntimeError) as exc:
         # It holds the request, and that the token.
         raise _said(push, what, exc) from None
+
+
+def _limit_silence() -> None:
+    """Have requests end that get no answer; where the user has set a limit, it stays."""
+    from huggingface_hub.utils import get_session
+
+    client = get_session()
+    if client.timeout.read is None:
+        client.timeout = SILENCE_SECONDS
 
 
 def status_of(exc: BaseException) -> int:
