@@ -143,6 +143,8 @@ class TestRefused:
             ("a/b/c", "is a whole repo"),
             ("ms://a/b", "Hugging Face Hub only"),
             ("a/b@refs/pr/1", "is not a branch"),
+            (f"a/b@{'0a' * 20}", "is not a branch"),
+            ("a/b.git", "is not a repo of the Hub"),
         ],
     )
     def test_a_text_that_names_no_repo(self, target, words, options, cli, taking):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +13,9 @@ UploadWay = Literal["spool", "stream"]
 
 SCHEME = "hf"
 """Of the texts of outputs on the Hub."""
+
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +72,13 @@ def parse_target(text: str, option: str) -> tuple[str, str]:
         raise RequestError(
             "", 0, option, sentence, hint=f"{hint}; modelscope upload sends a directory to ModelScope"
         )
-    if source is None or "/" not in source.repo:
+    if source is None or "/" not in source.repo or source.repo.endswith(".git"):
         raise RequestError("", 0, option, f"is {text}, which is not a repo of the Hub", hint=hint)
     if source.folder:
         sentence = f"is {text}, but an output is a whole repo, not a folder in one"
         raise RequestError("", 0, option, sentence, hint=hint)
     revision = source.revision or ""
-    if revision.startswith("refs/"):
+    if revision.startswith("refs/") or _COMMIT.fullmatch(revision):
         sentence = f"is {text}, and {revision} is not a branch"
         raise RequestError("", 0, option, sentence, hint="name a branch; --create-pr opens a pull request")
     return source.repo, revision
