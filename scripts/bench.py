@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from benchmarks import buckets, results, running, stored, tables, together
+from benchmarks import buckets, results, running, stages, stored, tables, together
 from benchmarks import roundings as roundings_bench
 from benchmarks.cases import ITEM_BYTES, KINDS, TARGETS, Case, cases, listed
 from benchmarks.contenders import GROUPS, contenders
@@ -298,6 +298,25 @@ def roundings(size: float, rounds: int, cache: str, settle_s: float, cache_dir: 
     """Time merges that round and quantise in several ways, and PEFT's."""
     try:
         for line in roundings_bench.rounds_of(cache_dir.absolute(), size, rounds, cache, settle_s):
+            say(line)
+    except RunError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+@main.command("stages")
+@click.option(
+    "--size",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    help="GB of the base in BF16.  [default: 1]",
+)
+@click.option("--rounds", type=AT_LEAST_ONE, default=3, help="Turns of each merge.  [default: 3]")
+@click.option("--settle", "settle_s", default=2.0, help="Seconds of rest before every merge.  [default: 2]")
+@CACHE_DIR_OPTION
+def stages_of(size: float, rounds: int, settle_s: float, cache_dir: Path) -> None:
+    """Show how fast each stage of the merge loop is, by storage of the base, with one worker."""
+    try:
+        for line in stages.rounds_of(cache_dir.absolute(), size, rounds, settle_s):
             say(line)
     except RunError as exc:
         raise click.ClickException(str(exc)) from exc
