@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 
 import pytest
@@ -226,3 +227,15 @@ def test_an_output_does_not_replace_what_it_is_made_of(role, words, options, cli
     assert words in said
     assert branch() == before
     ok(cli(*arguments, "--push-to-hub", REPO, "--revision", "merged", "--overwrite", "--dry-run"))
+
+
+@pytest.mark.parametrize("pushing", ["lfs"], indirect=True)
+def test_a_disk_that_takes_no_more_of_the_spool(options, push_command, uploads):
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = push_command(*options, "--push-to-hub", REPO, preexec_fn=limited)
+    assert done.returncode == exits.WRITE, done.stderr
+    assert "File too large" in done.stderr
+    assert "set TMPDIR to a disk with room" in done.stderr
+    assert uploads.state()["repos"][REPO]["refs"]["main"].keys() == {".gitattributes"}

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 KNOWN = ("1.31", "2.4")
 """Releases of huggingface_hub whose commits take a file that was uploaded as a stream. Its public interface does not have that."""
 
+_ROOM = "set TMPDIR to a disk with room, pass a smaller --spool-limit or --max-shard-size, or --upload stream"
+
 _SAMPLE_BYTES = 512
 """The first bytes of a file, from which the Hub tells its kind."""
 
@@ -129,7 +131,11 @@ class Spool:
 
         def take(block: memoryview) -> None:
             nonlocal at
-            write_from(fd, block, at, path)
+            try:
+                write_from(fd, block, at, path)
+            except WriteError as exc:
+                exc.hint = _ROOM
+                raise
             at += block.nbytes
 
         try:
