@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from lora_merge.codecs.grid import Grid
     from lora_merge.core.weight import Storage, Tile
 
+_AT_ONCE = 1 << 19
+"""Values that are unpacked or packed at once: those of a usual tile."""
+
 
 class PackedInt(Coded):
     """``(code - zero) · scale`` (compressed-tensors 0.20, ``unpack_from_int32`` and ``dequantize``).
@@ -73,7 +76,8 @@ class PackedInt(Coded):
         """Unpack the codes, and apply the zero and the scale of each group."""
         settings, lines = dict(storage.settings), lines_of(tile)
         bits, codes = int(settings["bits"]), out.view(lines.n, lines.width)
-        codes.copy_(unpack(parts[WEIGHT], bits, lines.width))
+        for few, words in _few(lines, codes, parts[WEIGHT]):
+            few.copy_(unpack(words, bits, lines.width))
         scale = parts["scale"].float()
         if settings["zero"]:
             # Codes and zeros are both offset, so that the offsets cancel.
@@ -97,9 +101,14 @@ class PackedInt(Coded):
         bits = int(settings["bits"])
         # Codes and zeros are both offset. Without zeros the levels are what codes stand for.
         offset = 0 if settings["zero"] else 1 << (bits - 1)
+
+        def keep(levels: torch.Tensor) -> None:
+            for few, words in _few(lines, levels, out[WEIGHT]):
+                words.copy_(pack(whole_codes(few.add_(offset)), bits))
+
         return stored_grid(
             Integers(-offset, (1 << bits) - 1 - offset),
-            lambda levels: out[WEIGHT].copy_(pack(whole_codes(levels.add_(offset)), bits)),
+            keep,
             lambda: unpack(stored[WEIGHT], bits, lines.width).float().sub_(offset),
             stored["scale"].float(),
             zero=_zeros(lines, stored["zero"], bits) if settings["zero"] else None,
@@ -133,6 +142,16 @@ class PackedInt(Coded):
         if settings["zero"]:
             found["zero"] = ("I32", (*stack, words_of(rows, bits), groups))
         return found | {"weight_shape": ("I64", (2,))}
+
+
+def _few(
+    lines: Lines, values: torch.Tensor, words: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the values and the words of a few lines at a time, for which no new memory has to be mapped."""
+    import torch
+
+    n = max(_AT_ONCE // lines.width, 1)
+    yield from zip(torch.split(values, n), torch.split(words, n), strict=True)
 
 
 def _has_index(parts: Mapping[str, torch.Tensor]) -> bool:

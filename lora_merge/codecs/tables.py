@@ -7,6 +7,8 @@ from math import nan
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
 _FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -15,6 +17,9 @@ _EXPONENTS = {"F8_E8M0", "U8"}
 """Codes that are a power of two, 2^(code - 127). Scales of MX formats are stored as plain bytes, too."""
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+_PIECE = 1 << 19
+"""Codes or levels that are converted at once: those of a usual tile."""
 
 E2M1_SIGNS = 0x88
 """The sign bits of the two codes in a byte."""
@@ -62,11 +67,12 @@ def look_up(codes: torch.Tensor, dtype: str, out: torch.Tensor) -> None:
     """
     import torch
 
-    if dtype == "F8_E4M3" and out.device.type == "cpu" and not _has_nan(codes):
-        _widen_e4m3(codes.reshape(-1), out.view(-1))
-        return
-    # Of the index types int32 is the faster, and its conversion costs a tenth of the look-up.
-    torch.index_select(values_of_codes(dtype, out.device), 0, codes.reshape(-1).int(), out=out.view(-1))
+    for part, values in in_pieces(codes, out):
+        if dtype == "F8_E4M3" and out.device.type == "cpu" and not _has_nan(part):
+            _widen_e4m3(part, values)
+        else:
+            # Of the index types int32 is the faster, and its conversion costs a tenth of the look-up.
+            torch.index_select(values_of_codes(dtype, out.device), 0, part.int(), out=values)
 
 
 def _has_nan(codes: torch.Tensor) -> bool:
@@ -95,8 +101,9 @@ def look_up_e2m1(codes: torch.Tensor, out: torch.Tensor) -> None:
     """
     import torch
 
-    pairs = out.view(-1).view(torch.int64)
-    torch.index_select(pairs_of_e2m1(out.device), 0, codes.reshape(-1).int(), out=pairs)
+    table = pairs_of_e2m1(out.device)
+    for part, pairs in in_pieces(codes, out.view(-1).view(torch.int64)):
+        torch.index_select(table, 0, part.int(), out=pairs)
 
 
 def pack_bytes(levels: torch.Tensor, dtype: str, out: torch.Tensor) -> None:
@@ -109,7 +116,10 @@ def pack_bytes(levels: torch.Tensor, dtype: str, out: torch.Tensor) -> None:
     """
     import torch
 
-    out.copy_(levels if dtype == "I8" else levels.to(getattr(torch, _FLOAT8[dtype])).view(torch.uint8))
+    if dtype == "I8":
+        out.copy_(levels)
+    else:
+        out.view(getattr(torch, _FLOAT8[dtype])).copy_(levels)
 
 
 def pack_e2m1_(levels: torch.Tensor, out: torch.Tensor) -> None:
@@ -121,9 +131,21 @@ def pack_e2m1_(levels: torch.Tensor, out: torch.Tensor) -> None:
     """
     import torch
 
+    if not (levels.is_contiguous() and out.is_contiguous()):
+        _pack_e2m1_(levels.reshape(-1), out)
+        return
+    for part, codes in zip(
+        torch.split(levels.view(-1), _PIECE), torch.split(out.view(-1), _PIECE // 2), strict=True
+    ):
+        _pack_e2m1_(part, codes)
+
+
+def _pack_e2m1_(levels: torch.Tensor, out: torch.Tensor) -> None:
+    import torch
+
     # Float16 has 14 exponents below E2M1's smallest. So much smaller, levels have the exponents of their codes, and 0.5 is
     # subnormal in both.
-    codes = levels.mul_(2.0**-14).to(torch.float16).reshape(-1).view(torch.int32)
+    codes = levels.mul_(2.0**-14).to(torch.float16).view(torch.int32)
     other = codes.bitwise_right_shift(12).bitwise_and_(0x00080008)
     codes.bitwise_right_shift_(9).bitwise_and_(0x00070007).bitwise_or_(other)
     # The code of the upper half goes beside that of the lower one.
@@ -140,9 +162,26 @@ def keep_signs_of_zeros_(codes: torch.Tensor, stored: torch.Tensor, sign: int) -
         sign: the sign bit of each code in a byte: 0x80 for codes of eight bits, 0x88 for two of four.
     """
     size = 0xFF ^ sign
-    # The sum reaches a sign bit where one of the two is not zero. On codes it takes a tenth of the time that it takes on levels.
-    is_number = (codes | stored).bitwise_and_(size).add_(size)
-    codes.bitwise_xor_((codes ^ stored).bitwise_and_(sign).bitwise_and_(is_number.bitwise_not_()))
+    pieces = (
+        in_pieces(stored, codes) if codes.is_contiguous() and stored.is_contiguous() else [(stored, codes)]
+    )
+    for before, part in pieces:
+        # The sum reaches a sign bit where one of the two is not zero. On codes it takes a tenth of the time that it takes on
+        # levels.
+        is_number = (part | before).bitwise_and_(size).add_(size)
+        part.bitwise_xor_((part ^ before).bitwise_and_(sign).bitwise_and_(is_number.bitwise_not_()))
+
+
+def in_pieces(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield parts of two tensors with as many elements, in which all elements are on one axis: what is computed of a part stays in
+    the processor's cache, and no new memory is mapped for it.
+
+    Args:
+        one: any; other: contiguous.
+    """
+    import torch
+
+    yield from zip(torch.split(one.reshape(-1), _PIECE), torch.split(other.view(-1), _PIECE), strict=True)
 
 
 def as_floats(stored: torch.Tensor, dtype: str) -> torch.Tensor:

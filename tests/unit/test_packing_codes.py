@@ -96,3 +96,38 @@ def test_of_two_e2m1_zeros_the_stored_one_stays():
     pack_e2m1_(old.where((new == 0) & (old == 0), new), wanted)
     keep_signs_of_zeros_(codes, stored, E2M1_SIGNS)
     assert torch.equal(codes, wanted)
+
+
+@pytest.mark.parametrize("n_lines", [1, 700])
+def test_codes_of_more_than_one_piece_are_converted_as_those_of_one(n_lines):
+    """A piece has 2^19 codes or levels."""
+    stored = drawn(n_lines, 1024, below=256).to(torch.uint8)
+    levels, pairs = torch.empty(n_lines, 1024), torch.empty(n_lines, 2048)
+    look_up(stored, "F8_E5M2", levels)
+    look_up_e2m1(stored, pairs)
+    out, again = torch.zeros_like(stored), torch.zeros_like(stored)
+    pack_bytes(levels.nan_to_num(), "F8_E5M2", out)
+    for line in (0, n_lines - 1):
+        one, two = torch.empty(1024), torch.empty(2048)
+        look_up(stored[line], "F8_E5M2", one)
+        look_up_e2m1(stored[line], two)
+        assert torch.equal(levels[line].nan_to_num(), one.nan_to_num())
+        assert torch.equal(pairs[line], two)
+        code = torch.zeros_like(stored[line])
+        pack_bytes(one.nan_to_num(), "F8_E5M2", code)
+        assert torch.equal(out[line], code)
+    pack_e2m1_(pairs, again)
+    assert torch.equal(again, stored)
+    keep_signs_of_zeros_(again, stored ^ 0x88, E2M1_SIGNS)
+    is_zero = (stored & 0x07 == 0).int() * 0x08 + (stored & 0x70 == 0).int() * 0x80
+    assert torch.equal(again, stored ^ is_zero.to(torch.uint8))
+
+
+def test_e4m3_with_nan_in_it_is_decoded_as_e4m3_without():
+    codes = torch.arange(256, dtype=torch.uint8)
+    numbers = codes[(codes & 0x7F) != 0x7F]
+    levels, alone = torch.empty(256), torch.empty(254)
+    look_up(codes, "F8_E4M3", levels)
+    look_up(numbers, "F8_E4M3", alone)
+    assert int(levels.isnan().sum()) == 2
+    assert torch.equal(levels[~levels.isnan()].view(torch.int32), alone.view(torch.int32))
