@@ -93,3 +93,22 @@ def test_tasks_write_the_same_into_a_store(inputs, name, connected, moto, tmp_pa
         for path in (tmp_path / folder).rglob("*")
         if path.is_file()
     }
+
+
+def test_inputs_that_are_in_a_store_are_read_there_by_each_node(inputs, connected, moto, tmp_path):
+    row, folder = ROWS["several adapters"], uuid4().hex
+    base, adapters = inputs(row)
+    urls = []
+    for n, root in enumerate((base, *adapters)):
+        urls.append(f"s3://{BUCKET}/{folder}/{n}")
+        for path in root.iterdir():
+            store_at(parse_store_url(urls[-1])).put(path.name, path.read_bytes())
+    made = {}
+    for name, more in {"one": {}, "many": {"executor": "ray", "ray_address": connected}}.items():
+        out = f"s3://{BUCKET}/{folder}/{name}/out"
+        lora_merge.merge(
+            base=urls[0], adapter=urls[1:], out=out, max_shard_size="60KB", **row.options, **more
+        )
+        made[name] = bytes_of(store_at(parse_store_url(out)))
+    assert made["many"] == made["one"]
+    assert len([name for name in made["one"] if name.endswith(".safetensors")]) > 1
