@@ -85,14 +85,22 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> files.Large:
     return files.build(tmp_path_factory.mktemp("large"))
 
 
-class Run:
-    """A run of the command in another process."""
+_MAIN = "import sys; from lora_merge.cli import main; main(sys.argv[1:], prog_name='lora-merge')"
 
-    def __init__(self, *arguments: object) -> None:
+
+class Run:
+    """A run of the command in another process.
+
+    Args:
+        arguments: of the command.
+        before: code that the process runs first.
+    """
+
+    def __init__(self, *arguments: object, before: str = "") -> None:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         env.pop("SOCKET_LOG", None)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lora_merge", *map(str, arguments)],
+            [sys.executable, "-c", f"{before}\n{_MAIN}", *map(str, arguments)],
             cwd=ROOT,
             env=env,
             stdout=subprocess.PIPE,

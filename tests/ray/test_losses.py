@@ -6,7 +6,11 @@ import contextlib
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ import pytest
 from lora_merge.cli import exits
 from lora_merge.storage.replaceable import SUFFIX
 from lora_merge.storage.store_staging import FILES
-from tests.ray.conftest import Run, kill, tasks_at_work
+from tests.ray.conftest import ROOT, STORE_BYTES, Run, kill, tasks_at_work
 from tests.storages.dense import content
 
 pytestmark = [pytest.mark.loopback, pytest.mark.system]
@@ -154,6 +158,48 @@ def test_jobs_in_several_processes_share_a_cluster_that_is_started_for_them(
     # Nothing else on this machine need be without one.
     assert most - n_clusters() == 1
     assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_a_cluster_that_is_gone_ends_the_run_with_a_sentence(large, ray, tmp_path):
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [
+        Path(sys.executable).with_name("ray"), "start", "--head", f"--port={port}", "--num-cpus=1", "--block",
+        f"--object-store-memory={STORE_BYTES}", "--include-dashboard=false", "--disable-usage-stats",
+    ]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    head = subprocess.Popen(start, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while not (server := gcs_of(port)) and time.monotonic() < until:
+            time.sleep(0.1)
+        time.sleep(3)
+        arguments = large.arguments(
+            tmp_path / "out", "--executor", "ray", "--ray-address", f"127.0.0.1:{port}"
+        )
+        run = Run(
+            *arguments, before="from lora_merge.executors.ray import driving; driving.LOSS_SECONDS = 5.0"
+        )
+        run.wait_for(tmp_path / "out", 2)
+        os.kill(server, signal.SIGKILL)
+        code, _, err = run.ended()
+    finally:
+        head.terminate()
+        head.wait()
+    assert code == exits.WRITE, err
+    assert "the Ray cluster does not answer any more" in err
+    assert "run again with --resume" in err
+
+
+def gcs_of(port):
+    """Return the process that is the head of a cluster; 0 where there is none."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = entry.read_bytes().split(b"\0")
+            if words[0].endswith(b"/gcs_server") and f"--gcs_server_port={port}".encode() in words:
+                return int(entry.parent.name)
+    return 0
 
 
 def n_clusters():

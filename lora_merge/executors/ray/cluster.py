@@ -100,6 +100,15 @@ def address_for_children(address: str) -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
+def answers(ray: Any) -> bool:
+    """Return True where the cluster of this process still takes connections."""
+    try:
+        with socket.create_connection(host_and_port(ray.get_runtime_context().gcs_address), _ANSWER_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
 def _init(ray: Any, address: str) -> None:
     """Connect.
 

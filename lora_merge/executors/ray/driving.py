@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic
 from lora_merge.core.work import Result, Work
 from lora_merge.errors import LoraMergeError, PackageError, WriteError
 from lora_merge.executors.processes import result_of
+from lora_merge.executors.ray.cluster import answers
 from lora_merge.executors.ray.demand import resources_text
 from lora_merge.executors.ray.task import Begun, carry_out, versions
 from lora_merge.runtime.packages import require
@@ -27,8 +28,14 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS: Final = 60.0
 """How long all tasks may wait for a place before the reason is said."""
 
+LOSS_SECONDS: Final = 40.0
+"""How long the head of a cluster may be away, to be started again. After 60 s Ray itself ends this process, and no message of ours is shown."""
+
 _LOOK_SECONDS: Final = 1.0
 """How often the driver looks whether tasks wait for a place."""
+
+_PULSE_SECONDS: Final = 2.0
+"""How often the head of the cluster is asked whether it is there."""
 
 _LEAVE_SECONDS: Final = 10.0
 """How long a task that is cancelled may take to end before its process is killed."""
@@ -91,16 +98,17 @@ class _Tasks(Generic[Work, Result]):
             num_returns="streaming",
         )(carry_out)
         self._run, self._spec = uuid.uuid4().hex, ray.put(pickle.dumps(spec))
-        self._patience = _Patience(ray, demand)
+        self._patience, self._pulse = _Patience(ray, demand), _Pulse(ray)
         self.under_way: dict[Any, _Task[Work]] = {}
 
     @property
     def has_room(self) -> bool:
         """True when another task may be begun: some wait in the cluster, so that no CPU of it waits for the driver."""
+        if not self._pulse.is_there():
+            return False
         if self._demand.is_limited:
             return len(self.under_way) < self._n_workers
-        cpus = int(self._ray.cluster_resources().get("CPU", 0))
-        return len(self.under_way) < 2 * max(self._n_workers, cpus)
+        return len(self.under_way) < 2 * max(self._n_workers, self._pulse.n_cpus)
 
     def begin(self, piece: Work) -> None:
         """Hand a piece to the cluster."""
@@ -115,6 +123,9 @@ class _Tasks(Generic[Work, Result]):
         Raises:
             LoraMergeError: see `run_ray`.
         """
+        if not self._pulse.is_there():
+            time.sleep(_LOOK_SECONDS)
+            return []
         ready, _ = self._ray.wait(list(self.under_way), num_returns=1, timeout=_LOOK_SECONDS)
         found: list[Result] = []
         for task in ready:
@@ -133,6 +144,8 @@ class _Tasks(Generic[Work, Result]):
     def cancel(self) -> None:
         """Cancel what is under way, and wait until it has ended: half a file must not appear afterwards."""
         tasks, self.under_way = list(self.under_way), {}
+        if self._pulse.is_lost:
+            return
         # The cluster may be gone, and with it the tasks.
         with contextlib.suppress(Exception):
             for task in tasks:
@@ -153,6 +166,44 @@ class _Tasks(Generic[Work, Result]):
                 self._ray.get(next(task))
             except (StopIteration, self._ray.exceptions.RayError):
                 return True
+
+
+class _Pulse:
+    """Knows whether the head of the cluster answers."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self._next = self._seen = time.monotonic()
+        self._is_there = True
+        self.n_cpus = 0
+        """Of all nodes, when it answered last."""
+
+    @property
+    def is_lost(self) -> bool:
+        """True where it did not answer when it was asked last."""
+        return not self._is_there
+
+    def is_there(self) -> bool:
+        """Return whether it answers; it is asked once in a few seconds.
+
+        Raises:
+            WriteError: it has not for `LOSS_SECONDS`.
+        """
+        now = time.monotonic()
+        if now >= self._next:
+            self._is_there = answers(self._ray)
+            self._next = now + _PULSE_SECONDS
+            # Nothing is asked for at any other time: Ray would wait for a head that is away.
+            if self._is_there:
+                self.n_cpus = int(self._ray.cluster_resources().get("CPU", 0))
+        if self._is_there:
+            self._seen = now
+        elif now - self._seen >= LOSS_SECONDS:
+            sentence = "the Ray cluster does not answer any more: its head was stopped or lost"
+            raise WriteError(
+                sentence, hint="start it, and run again with --resume to make only what is missing"
+            )
+        return self._is_there
 
 
 class _Patience:
