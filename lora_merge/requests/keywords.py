@@ -158,8 +158,8 @@ class MergeOptions(PlanOptions, total=False):
     """Verify and publish an output whose parts are all made."""
 
     push_to_hub: str | None
-    """Push the output to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without
-    --out, nothing stays on this machine."""
+    """Push the output to this repo of the Hub. A branch may follow: ORG/NAME@BRANCH. Without --out, nothing
+    stays on this machine."""
 
     revision: str | None
     """Branch to push to. It is created if it does not exist. Default: main."""
@@ -359,8 +359,8 @@ class ConvertOptions(TypedDict, total=False):
     """Use the local cache only. No network access."""
 
     push_to_hub: str | None
-    """Push the adapter to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without
-    --out, nothing stays on this machine."""
+    """Push the adapter to this repo of the Hub. A branch may follow: ORG/NAME@BRANCH. Without --out, nothing
+    stays on this machine."""
 
     revision: str | None
     """Branch to push to. It is created if it does not exist. Default: main."""
@@ -410,8 +410,8 @@ class ExtractOptions(TypedDict, total=False):
     """Use the local cache only. No network access."""
 
     push_to_hub: str | None
-    """Push the adapter to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without
-    --out, nothing stays on this machine."""
+    """Push the adapter to this repo of the Hub. A branch may follow: ORG/NAME@BRANCH. Without --out, nothing
+    stays on this machine."""
 
     revision: str | None
     """Branch to push to. It is created if it does not exist. Default: main."""

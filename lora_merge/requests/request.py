@@ -158,8 +158,8 @@ class Request:
     """Verify and publish an output whose parts are all made."""
 
     push_to_hub: str | None = None
-    """Push the output to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without
-    --out, nothing stays on this machine."""
+    """Push the output to this repo of the Hub. A branch may follow: ORG/NAME@BRANCH. Without --out, nothing
+    stays on this machine."""
 
     revision: str | None = None
     """Branch to push to. It is created if it does not exist. Default: main."""
@@ -383,8 +383,8 @@ class ConvertRequest:
     """Use the local cache only. No network access."""
 
     push_to_hub: str | None = None
-    """Push the adapter to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without
-    --out, nothing stays on this machine."""
+    """Push the adapter to this repo of the Hub. A branch may follow: ORG/NAME@BRANCH. Without --out, nothing
+    stays on this machine."""
 
     revision: str | None = None
     """Branch to push to. It is created if it does not exist. Default: main."""
@@ -446,8 +446,8 @@ class ExtractRequest:
     """Use the local cache only. No network access."""
 
     push_to_hub: str | None = None
-    """Push the adapter to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without
-    --out, nothing stays on this machine."""
+    """Push the adapter to this repo of the Hub. A branch may follow: ORG/NAME@BRANCH. Without --out, nothing
+    stays on this machine."""
 
     revision: str | None = None
     """Branch to push to. It is created if it does not exist. Default: main."""

@@ -698,15 +698,15 @@ _PUSHING: tuple[Option, ...] = (
         "push_to_hub",
         ("merge",),
         kinds.REPO,
-        "Push the output to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without --out, "
-        "nothing stays on this machine.",
+        "Push the output to this repo of the Hub. A branch may follow: ORG/NAME@BRANCH. Without --out, nothing stays on this "
+        "machine.",
     ),
     Option(
         "push_to_hub",
         ("convert", "extract"),
         kinds.REPO,
-        "Push the adapter to this repo of the Hugging Face Hub, or to a branch of it (ORG/NAME@BRANCH). Without --out, "
-        "nothing stays on this machine.",
+        "Push the adapter to this repo of the Hub. A branch may follow: ORG/NAME@BRANCH. Without --out, nothing stays on "
+        "this machine.",
     ),
     Option(
         "revision",
