@@ -121,7 +121,7 @@ def test_every_option_of_the_short_help_has_one_line(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = cli("--help").output.partition("Base and adapters:")[2].splitlines()
 
-    assert all(re.match(r"  (-|also: )", line) for line in lines if line.startswith(" ")), lines
+    assert all(re.match(r"  (-|also: |      --)", line) for line in lines if line.startswith(" ")), lines
 
 
 def test_the_short_help_names_every_option(cli):

@@ -283,7 +283,7 @@ def test_processes_without_the_token_are_refused_before_anything_is_made(base, a
     here.add("org/private", base, token=TOKEN)
     options = ("--base", "org/private", "--adapter", adapter, "--stream-base", "--token", TOKEN)
     said = refused(cli(*options, "--executor", "processes", "--out", tmp_path / "out"))
-    assert "executor: is processes, which are not given the token" in said
+    assert "executor: is processes, whose workers are not given the token" in said
     assert "set HF_TOKEN instead of --token" in said
     assert not (tmp_path / "out").exists()
 
