@@ -270,6 +270,10 @@ def _elements(source: Source, ref: TensorRef, start: int, end: int) -> torch.Ten
     return raw.view(getattr(torch, TORCH_TYPES[ref.dtype]))
 
 
+_NORM_ELEMENTS = 1 << 18
+"""Elements that are squared at once."""
+
+
 def box_norm(ref: TensorRef, box: Box = ()) -> float:
     """Return the Frobenius norm of a part of a floating-point tensor, read block by block and summed in float64.
 
@@ -290,7 +294,8 @@ def box_norm(ref: TensorRef, box: Box = ()) -> float:
     )
     size = DTYPE_BITS[ref.dtype] // 8
     strides = [math.prod(ref.shape[axis + 1 :]) for axis in range(len(ref.shape))]
-    total = 0.0
+    # In parts, whose float32 stays in the processor's cache: new memory for a whole block takes ten times as long.
+    total, space = 0.0, torch.empty(_NORM_ELEMENTS)
     with open_source(ref.file) as source:
         last = max(whole_from - 1, 0)  # from this axis on a range is one run of bytes
         for outer in product(*(range(*limits) for limits in box[:last])):
@@ -299,9 +304,9 @@ def box_norm(ref: TensorRef, box: Box = ()) -> float:
             step = strides[last] if strides else 1
             at, nbytes = ref.start + (first + start * step) * size, (end - start) * step * size
             for block in read_blocks(source, at, nbytes):
-                total += float(
-                    torch.frombuffer(block, dtype=dtype).float().square_().sum(dtype=torch.float64)
-                )
+                for part in torch.split(torch.frombuffer(block, dtype=dtype), len(space)):
+                    found = space[: len(part)].copy_(part).square_()
+                    total += float(found.sum(dtype=torch.float64))
     return math.sqrt(total)
 
 

@@ -22,6 +22,7 @@ from lora_merge.formats.weights import weight_norms
 from lora_merge.inspection import plots
 from lora_merge.inspection.describe import Measured, Surroundings, inspection
 from lora_merge.merging.changes import change_of, norms_of
+from lora_merge.merging.worker import one_torch_thread
 from lora_merge.peft_rules.loose_ends import without_base
 from lora_merge.planning import Reading, check_fit
 from lora_merge.planning.locate import check_ignored, find, locate_adapter
@@ -185,9 +186,10 @@ class _Measuring:
     def run(self) -> Measured:
         """Return the norms of all modules, with other facts that need the base."""
         maker = Maker(change_of, Recipe(), (), "F32")
-        for path, module in self._factored.items():
-            pair, _ = maker(module)
-            self._deltas[path] = pair.norm() ** 2
+        with one_torch_thread():
+            for path, module in self._factored.items():
+                pair, _ = maker(module)
+                self._deltas[path] = pair.norm() ** 2
         pieces = [_Piece(step, step.nbytes) for step in self._joined.steps]
         self._watch.phase("measuring", sum(piece.nbytes for piece in pieces))
         n_workers = min(usable_cores(), 8)
@@ -213,21 +215,24 @@ class _Measuring:
 
     def _measure(self, piece: _Piece) -> list[tuple[str, float, float]]:
         """Return ``(path, ‖W‖², ‖Δ‖²)`` for each module that is stored in a tensor, or in a part of it."""
-        step = piece.step
+        # Each worker has a core: more threads in each would only wait for each other.
+        with one_torch_thread():
+            found = self._norms(piece.step)
+        self._watch.advance(piece.nbytes)
+        return found
+
+    def _norms(self, step: Step) -> list[tuple[str, float, float]]:
         deltas = step.op.deltas if isinstance(step.op, Merge) else ()
         before = self._joined.before(step.name) or (None if step.replaced else step.source)
         targets = dict.fromkeys(_path(delta.target, self._factored) for delta in deltas)
         if before is None or step.replaced or any(path not in self._factored for path in targets):
             is_comparable = before is not None and before.shape == step.shape
             weight, delta = norms_of(step, before) if before and is_comparable else (0.0, 0.0)
-            found = [(path, weight**2, delta**2) for path in targets or (step.name,)]
-        else:
-            # ‖Δ‖ is known from the factors. Only the weight is read, each part of it once.
-            boxes = list({(_path(delta.target, self._factored), delta.region.box) for delta in deltas})
-            lengths = weight_norms(before, [at for _, at in boxes])
-            found = [(path, length**2, 0.0) for (path, _), length in zip(boxes, lengths, strict=True)]
-        self._watch.advance(piece.nbytes)
-        return found
+            return [(path, weight**2, delta**2) for path in targets or (step.name,)]
+        # ‖Δ‖ is known from the factors. Only the weight is read, each part of it once.
+        boxes = list({(_path(delta.target, self._factored), delta.region.box) for delta in deltas})
+        lengths = weight_norms(before, [at for _, at in boxes])
+        return [(path, length**2, 0.0) for (path, _), length in zip(boxes, lengths, strict=True)]
 
     def _storages(self) -> dict[str, str]:
         """Return path → how the base stores the weight, in words."""
