@@ -191,7 +191,7 @@ SYNONYMS: Final[tuple[Synonym, ...]] = (
     ),
     Synonym("--lora-rank --max-rank -r", "--rank"),
     Synonym(
-        "--revision --model-revision --base-revision --branch --commit",
+        "--model-revision --base-revision --branch --commit",
         why="the revision is part of the repo's name: --base org/name@REVISION",
         onto="--base",
         mark="@",
@@ -222,15 +222,11 @@ SYNONYMS: Final[tuple[Synonym, ...]] = (
         n_values=0,
     ),
     Synonym(
-        "--push-to-hub --hub-model-id --export-hub-model-id --upload --upload-repo --hub-private "
-        "--repo-id --push-to-hub-model-id",
-        why="lora-merge does not upload: run `hf upload org/name OUT` after the merge",
+        "--hub-model-id --export-hub-model-id --upload-repo --repo-id --push-to-hub-model-id --push-to",
+        "--push-to-hub",
     ),
-    Synonym(
-        "--private --hub-private-repo --push",
-        why="lora-merge does not upload: run `hf upload org/name OUT` after the merge",
-        n_values=0,
-    ),
+    Synonym("--hub-private --hub-private-repo", "--private", n_values=0),
+    Synonym("--push", why="name the repo: --push-to-hub org/name", n_values=0),
     Synonym(
         "--safe-serialization --safe-serialisation --save-safetensors --safetensors "
         "--export-legacy-format --use-safetensors --write-safetensors",
@@ -343,7 +339,7 @@ VERB_SYNONYMS: Final[tuple[VerbSynonym, ...]] = (
     VerbSynonym("serve chat generate infer", why="an engine runs the merged checkpoint: vllm serve OUT"),
     VerbSynonym("train sft finetune fine-tune", why="lora-merge merges adapters that are trained already"),
     VerbSynonym("download pull fetch get", why="a repo is downloaded when it is used: --base org/name"),
-    VerbSynonym("upload push publish", why="after the merge run `hf upload org/name OUT`"),
+    VerbSynonym("upload push publish", why="a merge uploads its output: --push-to-hub org/name"),
     VerbSynonym("unmerge split undo", why="a merge cannot be undone; keep the base and the adapter"),
 )
 

@@ -59,9 +59,10 @@ def placed(request: Pushing) -> Pushing:
         for name, option in _ONLY_HUB.items():
             if getattr(request, name, None) not in {None, False}:
                 sentence = f"is given ({option}), but nothing is pushed"
-                raise RequestError(
-                    "", 0, name, sentence, hint=f"add --push-to-hub ORG/NAME, or leave out {option}"
-                )
+                hint = f"add --push-to-hub ORG/NAME, or leave out {option}"
+                if name == "revision":
+                    hint += "; that of a base or an adapter follows its name: org/name@REVISION"
+                raise RequestError("", 0, name, sentence, hint=hint)
         return request
     if request.offline:
         raise RequestError(
