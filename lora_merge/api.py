@@ -156,15 +156,13 @@ def _with_place(kind: type[Placed], verb: Verb, keywords: dict[str, Any]) -> Pla
     """Return the request of a call that needs a directory or a repo.
 
     Raises:
-        TypeError: it has neither.
-        RequestError: a value does not parse.
+        RequestError: it has neither, or a value does not parse.
     """
-    if keywords["out"] is not None:
-        return parse_keywords(kind, verb, keywords)
-    del keywords["out"]
-    if not keywords.get("push_to_hub"):
-        raise TypeError(f"{verb}() missing 1 required keyword-only argument: 'out'")
-    return parse_keywords(kind, verb, keywords, {"out": ""})
+    # Without both, the parser of `out` says what is missing.
+    if keywords["out"] is None and keywords.get("push_to_hub"):
+        del keywords["out"]
+        return parse_keywords(kind, verb, keywords, {"out": ""})
+    return parse_keywords(kind, verb, keywords)
 
 
 def convert(

@@ -13,7 +13,10 @@
     │   └── ConvertError          an adapter cannot be converted as requested (issues: all of them)
     ├── WriteError                output exists, disk full, rename failed
     │   ├── OutOfMemoryError      the machine has no memory left
-    │   └── AlreadyThereError     an object of a store exists already
+    │   ├── AlreadyThereError     an object of a store exists already
+    │   ├── ConflictError         something else writes to the same repo of the Hub
+    │   └── UnansweredError       the Hub is busy
+    │       └── UnreachedError    the Hub gives no answer at all
     ├── VerifyError               the output is not what the plan promised (verdict)
     └── BugError                  a bug in lora-merge that one job of a batch met (traceback)
 

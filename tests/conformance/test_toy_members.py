@@ -174,7 +174,9 @@ def test_an_executor_is_named_and_writes_the_same_bytes(add, pico, pico_adapter,
     arguments = ("--base", base, "--adapter", pico_adapter(base))
     refused = cli(*arguments, "--out", tmp_path / "none", "--executor", "backwards")
     assert refused.exit_code == exits.USAGE
-    sentence = "--executor': 'backwards' is not a known executor, expected auto, serial, threads or processes"
+    sentence = (
+        "--executor': 'backwards' is not a known executor, expected auto, serial, threads, processes or ray"
+    )
     assert sentence in refused.stderr
 
     add("executors")
@@ -183,7 +185,7 @@ def test_an_executor_is_named_and_writes_the_same_bytes(add, pico, pico_adapter,
         assert made.exit_code == exits.OK, made.stderr
 
     assert files_of(tmp_path / "auto" / "out") == files_of(tmp_path / "backwards" / "out")
-    assert "--executor [auto|serial|threads|processes|backwards]" in cli("merge", "--help").output
+    assert "--executor [auto|serial|threads|processes|backwards|ray]" in cli("merge", "--help").output
 
 
 def test_a_layout_is_merged_and_explained_in_its_own_words(add, pico, pico_adapter, cli, plain, tmp_path):

@@ -208,7 +208,7 @@ def test_only_known_languages_are_used_and_no_command_hides_in_a_text():
 
 OTHER_TOOLS = {
     "--adapters", "--adapter-path", "--backend", "--enable-lora", "--fine-tune-type", "--lora-paths", "--max-lora-rank",
-    "--force", "--index-url", "--load-format", "--merge_lora", "--model", "--no-compile", "--model-path", "--outfile", "--quant_method", "--quantization", "--to_hf",
+    "--force", "--head", "--index-url", "--load-format", "--merge_lora", "--model", "--no-compile", "--model-path", "--outfile", "--quant_method", "--quantization", "--to_hf",
 }  # fmt: skip
 """Options of engines and trainers that pages mention."""
 

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 
 from lora_merge import api
 from lora_merge.cli import exits
+from lora_merge.errors import RequestError
 from tests.hub.conftest import REPO
 from tests.hub.test_push import ok, refused
 
@@ -182,7 +183,7 @@ def test_python_pushes_without_a_directory(options, taking, branch, on_disk):
     report = api.merge(base=options[1], adapter=options[3], push_to_hub=REPO)
     assert report.pushed == f"{taking.url}/{REPO}"
     assert branch() == on_disk
-    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'out'"):
+    with pytest.raises(RequestError, match="out: is None, expected a path"):
         api.merge(base=options[1], adapter=options[3])
 
 

@@ -52,7 +52,7 @@ def resources_text(resources: dict[str, float]) -> str:
 
     Example:
         >>> resources_text({"CPU": 8.0, "memory": 3e9, "node:10.0.0.1": 1.0})
-        '8 CPUs and 3.0 GB of memory'
+        '8 CPUs and 3.00 GB of memory'
     """
     found = [counted(round(resources.get("CPU", 0)), "CPU")]
     if resources.get("GPU"):
