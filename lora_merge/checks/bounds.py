@@ -17,10 +17,12 @@ in it the quotient is rounded to it as well (2⁻⁸ of the number: for INT8 up 
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING
 
 from lora_merge.checks.decoding.decoder import FLOAT32, UNDERFLOW
 from lora_merge.checks.rounding import neighbours, rounded, step
+from lora_merge.checks.searching import places
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +61,27 @@ def is_explained(
         return (low <= stored.values) & (stored.values <= high)
     low, high = _numbers(op, stored, exact, off)
     level, table = stored.level, stored.table
+    if op.rounding is None and not _has_plain_limits(op):
+        found = _is_between(op, table, level, low, high, is_moved)
+    else:
+        # Most are the nearest number to what was wanted, which every rounding may give: only the others take four searches.
+        _, scale, zero, bias = stored.parts
+        found = nearest_level(table, (exact - bias) / scale + zero) == level
+        left = ~found
+        moved = is_moved.expand_as(level)[left]
+        found[left] = _is_between(op, table, level[left], low[left], high[left], moved)
+    return found & exact.isfinite() & ~low.isnan() & ~high.isnan()
+
+
+def _is_between(
+    op: Merge,
+    table: torch.Tensor,
+    level: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    is_moved: torch.Tensor,
+) -> torch.Tensor:
+    """Return for each level whether a number between two limits can have become it; NaN never can."""
     if op.rounding is not None and op.rounding.method == "stochastic":
         first, last = table[_not_above(table, low)], table[_not_below(table, high)]
     else:
@@ -66,16 +89,13 @@ def is_explained(
             reach = REACH * _step(table, low).maximum(_step(table, high)) * is_moved
             low, high = low - reach, high + reach
         first, last = nearest_level(table, low), nearest_level(table, high, up=True)
-    found: torch.Tensor = (first <= level) & (level <= last) & exact.isfinite() & ~low.isnan() & ~high.isnan()
-    return found
+    return (first <= level) & (level <= last) & ~low.isnan() & ~high.isnan()
 
 
 def nearest_level(table: torch.Tensor, numbers: torch.Tensor, *, up: bool = False) -> torch.Tensor:
     """Return the nearest level to each number; between two the lower one, or the upper one."""
-    import torch
-
     middles = (table[:-1] + table[1:]) / 2
-    return table[torch.searchsorted(middles, numbers.contiguous(), right=up)]
+    return table[places(middles, numbers, right=up)]
 
 
 def nearest_values(op: Merge, stored: Levels, exact: torch.Tensor) -> torch.Tensor:
@@ -122,7 +142,7 @@ def _numbers(
     one, other = (end - bias for end in (exact - off, exact + off))
     plain = one / scale + zero, other / scale + zero
     ends = [*plain]
-    if not op.on_stored_grid and op.target.codec in _BY_BFLOAT16:
+    if not _has_plain_limits(op):
         quotients = [rounded(end, "BF16") / scale for end in (one, other)]
         if dict(op.target.settings).get("scale") == "BF16":
             quotients = [rounded(rounded(found, "BF16") + zero, "BF16") for found in quotients]
@@ -130,10 +150,15 @@ def _numbers(
             quotients = [found + zero for found in quotients]
         # A rounding for the adapter divides the values as they are, but for rows without one.
         ends = quotients if op.rounding is None else [*plain, *quotients]
-    low, high = torch.stack(ends).amin(0), torch.stack(ends).amax(0)
+    low, high = reduce(torch.minimum, ends), reduce(torch.maximum, ends)
     largest = low.abs().maximum(high.abs())
     slack = _ROUNDINGS * (largest + 2 * zero.abs() + (bias / scale).abs()) + UNDERFLOW / scale.abs()
     return low - slack, high + slack
+
+
+def _has_plain_limits(op: Merge) -> bool:
+    """Return True where nothing is rounded to bfloat16 on the way: the quotient itself lies between the limits."""
+    return op.on_stored_grid or op.target.codec not in _BY_BFLOAT16
 
 
 def _step(table: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -147,13 +172,9 @@ def _step(table: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 def _not_above(table: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """Return the place of the largest level that is not above each number; of the first, where all are."""
-    import torch
-
-    return (torch.searchsorted(table, numbers.contiguous(), right=True) - 1).clamp_(min=0)
+    return (places(table, numbers, right=True) - 1).clamp_(min=0)
 
 
 def _not_below(table: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """Return the place of the smallest level that is not below each number; of the last, where all are."""
-    import torch
-
-    return torch.searchsorted(table, numbers.contiguous()).clamp_(max=len(table) - 1)
+    return places(table, numbers).clamp_(max=len(table) - 1)
