@@ -64,8 +64,8 @@ site: setup ## Build the documentation as a website, into .site (no network, no 
 test: setup ## The test suite: every row of a table that runs code of its own
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not crossed and not system"
 
-system: setup ## Tests that run whole programs: kills, terminals, browsers, notebooks, hubs, other environments
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "system and not crossed"
+system: setup ## Tests that run whole programs: kills, terminals, browsers, notebooks, hubs, other environments (ONLY=folder)
+	$(BIN)/python -m pytest $(ONLY) -n $(JOBS) --dist worksteal -m "system and not crossed"
 
 browser: setup ## Pages of --report in a real Chromium; says what is missing, and installs nothing
 	LORA_MERGE_BROWSER=needed $(BIN)/python -m pytest tests/browser
