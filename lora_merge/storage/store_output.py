@@ -7,38 +7,32 @@ yet, whatever else is there.
 from __future__ import annotations
 
 import contextlib
-import zlib
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Never
+from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE
-from lora_merge.errors import ChangedError, CheckpointError, ResolveError, WriteError
+from lora_merge.errors import ChangedError, ResolveError, WriteError
 from lora_merge.storage import store_published
-from lora_merge.storage.destination import UNKNOWN_BYTES, Left
+from lora_merge.storage.destination import Left
 from lora_merge.storage.objects import store_at
 from lora_merge.storage.objects.settings import PROBE
 from lora_merge.storage.owners import close_folder
-from lora_merge.storage.shadow import shadow
+from lora_merge.storage.shadow import RESUMABLE, ShadowedDestination, listing_of
 from lora_merge.storage.store_names import check_apart, check_free, check_may_write, locked, output_url
 from lora_merge.storage.store_staging import Run, StoreFiles, StoreStaging
 from lora_merge.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
     from lora_merge.core.shards import OutputFile
     from lora_merge.core.tensor import TensorRecord
     from lora_merge.storage.destination import Published, Wish
     from lora_merge.storage.dirs import Listing
-    from lora_merge.storage.evidence import Finished
     from lora_merge.storage.objects.urls import StoreUrl
 
-_RESUMABLE = (KeyboardInterrupt, WriteError, CheckpointError)
-"""Errors that say nothing against what the run has written: whole files stay."""
 
-
-class StoreDestination:
+class StoreDestination(ShadowedDestination):
     """The place of one output in a store.
 
     Args:
@@ -46,20 +40,13 @@ class StoreDestination:
         wish: what the run wants of it.
     """
 
-    takes_files = True
-
     def __init__(self, url: StoreUrl, wish: Wish) -> None:
-        self._url, self._wish = url, wish
+        # First: where the store cannot be reached, nothing is made here.
         self._store, self._staging = store_at(url), StoreStaging(url)
-        self._held = contextlib.ExitStack()
-        self._shadow = shadow(self._held)
+        super().__init__()
+        self._url, self._wish = url, wish
         self._run: Run | None = None
         """This run, once it has the lock."""
-
-        self._finished: Mapping[str, Finished] = {}
-        self._planned: frozenset[str] = frozenset()
-        self._merge = ""
-        self._is_published = False
 
     @classmethod
     def open(cls, wish: Wish) -> StoreDestination:
@@ -132,17 +119,6 @@ class StoreDestination:
         """
         check_may_write(output_url(wish.out))
 
-    @staticmethod
-    def free_bytes(out: str) -> int:
-        """Return a large number: no store says how much room it has."""
-        del out
-        return UNKNOWN_BYTES
-
-    @property
-    def root(self) -> Path:
-        """A temporary directory of this machine that has the small files of the output."""
-        return self._shadow.path
-
     @property
     def weights(self) -> str:
         """The URL of the output, below which weight files can be read."""
@@ -157,11 +133,6 @@ class StoreDestination:
     def files(self) -> StoreFiles:
         """What is sent to workers: the URL of the output, and the fingerprint of the run."""
         return StoreFiles(self._url, self._merge)
-
-    @property
-    def sink(self) -> Never:
-        """There is none: a file is written from its first byte to its last."""
-        raise NotImplementedError
 
     def left(self, merge: str) -> Left:
         """Take the lock over from an interrupted run of the same merge, and return what it has finished.
@@ -188,22 +159,6 @@ class StoreDestination:
         return Left(
             [record for one in self._finished.values() for record in one.records], {}, has_journal=True
         )
-
-    def keep(self, files: Iterable[OutputFile], names: Collection[str]) -> frozenset[str]:
-        """Return the names of the files that are whole. Nothing is removed: what is not whole is written again."""
-        sizes = {file.name: file.nbytes for file in files}
-        return frozenset(
-            name
-            for name in names
-            if name in self._finished and self._finished[name].receipt.nbytes == sizes.get(name)
-        )
-
-    def link(
-        self, files: Iterable[OutputFile], sources: Mapping[str, str], how: Literal["reflink", "hard"]
-    ) -> dict[str, str]:
-        """Do nothing: a store has no links."""
-        del files, sources, how
-        return {}
 
     def begin(
         self,
@@ -255,33 +210,7 @@ class StoreDestination:
         self._run = run
         return True
 
-    def note(self, records: Sequence[TensorRecord]) -> None:
-        """Do nothing: the worker that made a file has put its evidence into staging (`StoreFiles.note`)."""
-
     def finish_file(self, name: str) -> None:
-        """Do nothing: a file is durable when it has its name."""
-
-    def rest(self) -> None:
-        """Do nothing: what is written goes to the store at once."""
-
-    def write_text(self, name: str, text: str) -> None:
-        """Write a small file into the temporary directory; `commit` puts it into the store.
-
-        Raises:
-            WriteError: it cannot be written.
-        """
-        self._shadow.write_text(name, text)
-
-    def copy_in(self, source: str, name: str) -> str:
-        """Copy a file of an input into the temporary directory; return the digest of the bytes that were read.
-
-        Raises:
-            CheckpointError: it cannot be read.
-            WriteError: it cannot be written.
-        """
-        return self._shadow.copy_in(source, name)
-
-    def flush(self) -> None:
         """Do nothing: a file is durable when it has its name."""
 
     def compared(self) -> frozenset[str]:
@@ -301,12 +230,8 @@ class StoreDestination:
             WriteError: the store cannot be asked.
         """
         old = frozenset(self._run.old if self._run is not None else ()) - self._planned
-        return {
-            # In the place of a disk's inode: another version has another number.
-            name: (zlib.crc32(entry.version.encode()), entry.nbytes, 0, 0)
-            for name, entry in self._store.entries().items()
-            if name not in old and name != PROBE
-        }
+        every = self._store.entries().items()
+        return listing_of({name: entry for name, entry in every if name not in old and name != PROBE})
 
     def commit(self) -> None:
         """Put the small files into the store: the index after all others, ``config.json`` last. Then remove the files of an
@@ -365,7 +290,7 @@ class StoreDestination:
         self._held.close()
 
     def _leave(self, run: Run, exc: BaseException) -> None:
-        is_fault = isinstance(exc, _RESUMABLE) and not isinstance(exc, ChangedError)
+        is_fault = isinstance(exc, RESUMABLE) and not isinstance(exc, ChangedError)
         # Other processes may be at work, or their files are not at fault.
         if self._wish.shared == "part":
             exc.add_note(

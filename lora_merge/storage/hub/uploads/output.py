@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import zlib
-from typing import TYPE_CHECKING, Literal, Never
+from typing import TYPE_CHECKING, Never
 
-from lora_merge.errors import ChangedError, CheckpointError, LoraMergeError, RequestError, WriteError
-from lora_merge.storage.destination import UNKNOWN_BYTES, Left, Published
+from lora_merge.errors import ChangedError, LoraMergeError, RequestError, WriteError
+from lora_merge.storage.destination import Left, Published
 from lora_merge.storage.evidence import evidence_text
 from lora_merge.storage.hub.remote_file import use_token
 from lora_merge.storage.hub.uploads.bars import quiet_bars
@@ -20,25 +19,20 @@ from lora_merge.storage.hub.uploads.remote_repo import RemoteRepo
 from lora_merge.storage.hub.uploads.replacing import check_apart, check_free, is_whole, replaced
 from lora_merge.storage.hub.uploads.sinks import Spool, Stream, check_streams, spool_place
 from lora_merge.storage.objects.store import Entry
-from lora_merge.storage.shadow import shadow
+from lora_merge.storage.shadow import RESUMABLE, ShadowedDestination, listing_of
 from lora_merge.words import counted, size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
     from lora_merge.core.shards import OutputFile
     from lora_merge.core.tensor import TensorRecord
     from lora_merge.storage.destination import Wish
     from lora_merge.storage.dirs import Listing
-    from lora_merge.storage.evidence import Finished
     from lora_merge.storage.hub.uploads.push import Push
     from lora_merge.storage.hub.uploads.sinks import Sink, Way
     from lora_merge.storage.objects.store import Receipt
-
-_RESUMABLE = (KeyboardInterrupt, WriteError, CheckpointError)
-"""Errors that say nothing against what the run has written: whole files stay."""
 
 
 class HubFiles:
@@ -66,7 +60,7 @@ class HubFiles:
         self._pull.add(file, evidence_text(self._merge, receipt, records))
 
 
-class HubDestination:
+class HubDestination(ShadowedDestination):
     """The place of one output on the Hub.
 
     Args:
@@ -74,20 +68,13 @@ class HubDestination:
         wish: what the run wants of it.
     """
 
-    takes_files = True
-
     def __init__(self, push: Push, wish: Wish) -> None:
+        super().__init__()
         self._push, self._wish, self._repo = push, wish, RemoteRepo(push)
-        self._held = contextlib.ExitStack()
         self._held.enter_context(quiet_bars())
-        self._shadow = shadow(self._held)
         self._pull: PullRequest | None = None
         self._way: Way | None = None
-        self._finished: Mapping[str, Finished] = {}
-        self._planned: frozenset[str] = frozenset()
         self._full: set[str] = set()
-        self._merge = ""
-        self._is_published = False
         use_token(push.repo, push.token)
 
     @classmethod
@@ -171,17 +158,6 @@ class HubDestination:
         """
         RemoteRepo(_push_of(wish)).check_may_write()
 
-    @staticmethod
-    def free_bytes(out: str) -> int:
-        """Return a large number: the Hub does not say how much room an account has."""
-        del out
-        return UNKNOWN_BYTES
-
-    @property
-    def root(self) -> Path:
-        """A temporary directory of this machine that has the small files of the output."""
-        return self._shadow.path
-
     @property
     def weights(self) -> str:
         """The text below which the weight files can be read: the pull request at its last commit."""
@@ -196,11 +172,6 @@ class HubDestination:
     def seen_at(self) -> str:
         """Where people see the output: the branch, or the pull request that is left open."""
         return self._opened.url if self._push.is_left_open else seen_at(self._repo)
-
-    @property
-    def sink(self) -> Never:
-        """There is none: a file is written from its first byte to its last."""
-        raise NotImplementedError
 
     @property
     def _opened(self) -> PullRequest:
@@ -221,22 +192,6 @@ class HubDestination:
         self._pull, finished = found
         self._finished = {one.file: one for one in finished}
         return Left([record for one in finished for record in one.records], {}, has_journal=True)
-
-    def keep(self, files: Iterable[OutputFile], names: Collection[str]) -> frozenset[str]:
-        """Return the names of the files that are whole. What is not whole is written again."""
-        sizes = {file.name: file.nbytes for file in files}
-        return frozenset(
-            name
-            for name in names
-            if name in self._finished and self._finished[name].receipt.nbytes == sizes.get(name)
-        )
-
-    def link(
-        self, files: Iterable[OutputFile], sources: Mapping[str, str], how: Literal["reflink", "hard"]
-    ) -> dict[str, str]:
-        """Do nothing: the Hub has no links."""
-        del files, sources, how
-        return {}
 
     def begin(
         self,
@@ -263,9 +218,6 @@ class HubDestination:
         is_stream = self._push.way == "stream"
         self._way = Stream(self._pull, self._push, endpoint) if is_stream else Spool(self._pull)
 
-    def note(self, records: Sequence[TensorRecord]) -> None:
-        """Do nothing: the worker that made a file has handed its evidence to the next commit (`HubFiles.note`)."""
-
     def finish_file(self, name: str) -> None:
         """Count a full file. After the last one, everything is committed, so that it can be read.
 
@@ -275,29 +227,6 @@ class HubDestination:
         self._full.add(name)
         if self._full >= self._planned:
             self._opened.send()
-
-    def rest(self) -> None:
-        """Do nothing: what is written is uploaded at once."""
-
-    def write_text(self, name: str, text: str) -> None:
-        """Write a small file into the temporary directory; `commit` sends it.
-
-        Raises:
-            WriteError: it cannot be written.
-        """
-        self._shadow.write_text(name, text)
-
-    def copy_in(self, source: str, name: str) -> str:
-        """Copy a file of an input into the temporary directory; return the digest of the bytes that were read.
-
-        Raises:
-            CheckpointError: it cannot be read.
-            WriteError: it cannot be written.
-        """
-        return self._shadow.copy_in(source, name)
-
-    def flush(self) -> None:
-        """Do nothing: what is committed is durable."""
 
     def compared(self) -> frozenset[str]:
         """Return the files whose SHA-256 on the Hub is that of the bytes that were written.
@@ -320,12 +249,8 @@ class HubDestination:
         Raises:
             WriteError: the Hub cannot be asked.
         """
-        return {
-            # In the place of a disk's inode: another version has another number.
-            name: (zlib.crc32(entry.version.encode()), entry.nbytes, 0, 0)
-            for name, entry in self._repo.entries(self._opened.reference).items()
-            if name in self._planned
-        }
+        entries = self._repo.entries(self._opened.reference)
+        return listing_of({name: entry for name, entry in entries.items() if name in self._planned})
 
     def commit(self) -> None:
         """Commit the small files, and merge the pull request; leave it open where that was asked for.
@@ -363,7 +288,7 @@ class HubDestination:
         self._held.close()
 
     def _leave(self, pull: PullRequest, exc: BaseException) -> None:
-        if isinstance(exc, _RESUMABLE) and not isinstance(exc, ChangedError):
+        if isinstance(exc, RESUMABLE) and not isinstance(exc, ChangedError):
             with contextlib.suppress(LoraMergeError):
                 if not isinstance(exc, UnansweredError):
                     pull.send(is_last_try=True)
