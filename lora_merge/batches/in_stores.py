@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 from lora_merge.batches.up_to_date import Standing
 from lora_merge.core.report import note
 from lora_merge.merging.made_already import other_than
-from lora_merge.merging.output_place import MARKS, place_of_job
-from lora_merge.merging.pushing import is_on_hub, push_of
-from lora_merge.storage.destination import Wish
+from lora_merge.merging.output_place import place_of_job, wish_of
 
 if TYPE_CHECKING:
     from lora_merge.planning.run import Planned
     from lora_merge.requests.request import Request
-    from lora_merge.storage.destination import Storage
+    from lora_merge.storage.destination import Storage, Wish
 
 
 def standing_in_store(planned: Planned) -> Standing | None:
@@ -44,5 +42,4 @@ def place_of_output(request: Request) -> tuple[Storage, Wish]:
         ResolveError: the text cannot be a path or a URL.
     """
     out, storage = place_of_job(request)
-    wish = Wish(out, resume=True, overwrite=False, marks=MARKS, inputs=())
-    return storage, replace(wish, push=push_of(request) if is_on_hub(request.out) else None)
+    return storage, replace(wish_of(request, out), resume=True, overwrite=False)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lora_merge.conversion.job import MARKS
-from lora_merge.merging.pushing import is_on_hub, placed, push_of
+from lora_merge.merging.pushing import placed, push_of
 from lora_merge.runtime.temporary import temporary_folder
 from lora_merge.storage.hub.uploads.folder import check_target, push_folder
+from lora_merge.storage.hub.uploads.push import is_on_hub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

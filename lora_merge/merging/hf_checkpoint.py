@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.tensor import TensorRecord
 
+MARKS = (CONFIG_FILE, MANIFEST_FILE)
+"""File names; a directory with one of them is a model checkpoint. The manifest shows it also where the config was
+lost.
+"""
+
 
 class Folder(Protocol):
     """Where small files go: a `lora_merge.storage.destination.Destination`, or a directory."""

@@ -9,6 +9,7 @@ from lora_merge._version import __version__
 from lora_merge.formats.provenance import Provenance
 from lora_merge.formats.stored_versions import versions_of
 from lora_merge.requests.recording import record_of
+from lora_merge.storage.hub.uploads.push import is_on_hub
 from lora_merge.words import listing
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def provenance_of(planned: Planned, versions: Mapping[str, str] | None = None) -
         base_versions=versions_of(planned.checkpoint, planned.inputs),
         merged_before=planned.merged_before,
         out_name=Path(request.out).name.partition("@")[0]
-        if request.out.startswith("hf://")
+        if is_on_hub(request.out)
         else Path(request.out).name,
         # In the order that manifests always had, so that the same request writes the same bytes.
         options=record_of(request),

@@ -5,25 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.errors import RequestError, WriteError
 from lora_merge.executors import RAY
-from lora_merge.formats.side_files import MANIFEST_FILE
+from lora_merge.merging.hf_checkpoint import MARKS
 from lora_merge.merging.made_already import finds_whole
 from lora_merge.merging.made_from import told_of
-from lora_merge.merging.pushing import card_of, check_push, is_on_hub, message_of, push_of
+from lora_merge.merging.pushing import card_of, check_push, message_of, push_of
 from lora_merge.storage.destination import Wish
 from lora_merge.storage.destinations import storage_of
+from lora_merge.storage.hub.uploads.push import is_on_hub
 
 if TYPE_CHECKING:
     from lora_merge.planning.run import Planned
     from lora_merge.requests.request import Request
     from lora_merge.storage.destination import Storage
-
-MARKS = (CONFIG_FILE, MANIFEST_FILE)
-"""File names; a directory with one of them is a model checkpoint. The manifest shows it also where the config was
-lost.
-"""
 
 
 def place_of(request: Request, *, dry_run: bool) -> tuple[str, Storage]:

@@ -18,7 +18,7 @@ from lora_merge.merging.made_already import is_made_already
 from lora_merge.merging.on_cluster import connected_cpus, device_of_tasks, task_budget
 from lora_merge.merging.output_place import place_of, wish_of
 from lora_merge.merging.parts import Part, part_of
-from lora_merge.merging.pushing import check_push, is_on_hub, spooled
+from lora_merge.merging.pushing import check_push, spooled
 from lora_merge.merging.worker import NoDeviceError, pick_device
 from lora_merge.planning import raise_errors
 from lora_merge.planning.effect import effect_issues
@@ -28,6 +28,7 @@ from lora_merge.runtime import machine
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.destination import Storage, Wish
+from lora_merge.storage.hub.uploads.push import is_on_hub
 from lora_merge.storage.sources import is_local
 from lora_merge.words import size_text
 

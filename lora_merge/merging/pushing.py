@@ -6,16 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.errors import RequestError
 from lora_merge.formats.model_card import card_text
-from lora_merge.formats.side_files import MANIFEST_FILE
+from lora_merge.merging.hf_checkpoint import MARKS
 from lora_merge.merging.made_from import provenance_of
 from lora_merge.requests.request import Request
 from lora_merge.requests.sizes import parse_size
 from lora_merge.requests.values import MOST_MESSAGE
 from lora_merge.storage.hub.uploads.folder import check_target, push_folder
-from lora_merge.storage.hub.uploads.push import SCHEME, Push, parse_target
+from lora_merge.storage.hub.uploads.push import Push, is_on_hub, parse_target
 from lora_merge.storage.objects.urls import is_store_url
 from lora_merge.words import listing, size_text
 
@@ -39,11 +38,6 @@ _ONLY_HUB = {
     "spool_limit": "--spool-limit",
 }
 """Options that say something about a push → how they are written."""
-
-
-def is_on_hub(out: str) -> bool:
-    """Return True for the text of an output on the Hub."""
-    return out.startswith(f"{SCHEME}://")
 
 
 def placed(request: Pushing) -> Pushing:
@@ -131,8 +125,7 @@ def check_push(request: Request, planned: Planned | None = None) -> None:
         hint = "push an output of this disk, or leave out --out: then nothing stays on this machine"
         raise RequestError("", 0, "push_to_hub", sentence, hint=hint)
     card = card_of(planned) if planned is not None else ""
-    marks = (CONFIG_FILE, MANIFEST_FILE)
-    check_target(push, marks, card, overwrite=request.overwrite or request.resume)
+    check_target(push, MARKS, card, overwrite=request.overwrite or request.resume)
 
 
 def _check_no_input(push: Push, planned: Planned) -> None:
@@ -166,7 +159,7 @@ def push_made(planned: Planned, root: str, watch: Observer) -> str:
     return push_folder(
         Path(root.removeprefix("file://")),
         push,
-        (CONFIG_FILE, MANIFEST_FILE),
+        MARKS,
         watch,
         overwrite=request.overwrite,
     )

@@ -134,8 +134,18 @@ def check_target(push: Push, marks: Sequence[str], card: str, *, overwrite: bool
     """
     repo = RemoteRepo(push)
     repo.check_may_write()
+    check_branch(repo, marks, card, overwrite=overwrite)
+
+
+def check_branch(repo: RemoteRepo, marks: Sequence[str], card: str, *, overwrite: bool) -> None:
+    """Check that the branch is free, or may be replaced, that the repo has the visibility that was asked for, and that the Hub
+    takes the model card, if it is known.
+
+    Raises:
+        LoraMergeError: one of these is not so, or the Hub cannot be asked.
+    """
     branch = repo.branch()
-    check_free(push, branch, marks, overwrite=overwrite)
+    check_free(repo.push, branch, marks, overwrite=overwrite)
     if branch.head:
         repo.check_visibility(is_private=branch.is_private)
     if card:

@@ -12,11 +12,11 @@ from lora_merge.storage.evidence import evidence_text
 from lora_merge.storage.hub.remote_file import use_token
 from lora_merge.storage.hub.uploads.bars import quiet_bars
 from lora_merge.storage.hub.uploads.failures import UnansweredError
-from lora_merge.storage.hub.uploads.folder import seen_at
+from lora_merge.storage.hub.uploads.folder import check_branch, seen_at
 from lora_merge.storage.hub.uploads.pull_request import FOLDER, PullRequest
-from lora_merge.storage.hub.uploads.push import SCHEME, parse_target
+from lora_merge.storage.hub.uploads.push import SCHEME, Push, parse_target
 from lora_merge.storage.hub.uploads.remote_repo import RemoteRepo
-from lora_merge.storage.hub.uploads.replacing import check_apart, check_free, is_whole, replaced
+from lora_merge.storage.hub.uploads.replacing import check_apart, is_whole, replaced
 from lora_merge.storage.hub.uploads.sinks import Spool, Stream, check_streams, spool_place
 from lora_merge.storage.objects.store import Entry
 from lora_merge.storage.shadow import RESUMABLE, ShadowedDestination, listing_of
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRecord
     from lora_merge.storage.destination import Wish
     from lora_merge.storage.dirs import Listing
-    from lora_merge.storage.hub.uploads.push import Push
     from lora_merge.storage.hub.uploads.sinks import Sink, Way
     from lora_merge.storage.objects.store import Receipt
 
@@ -94,8 +93,7 @@ class HubDestination(ShadowedDestination):
         Raises:
             RequestError: it names no repo.
         """
-        repo, branch = parse_target(text, "out")
-        return f"{SCHEME}://{repo}" + (f"@{branch}" if branch else "")
+        return str(Push(*parse_target(text, "out")))
 
     @staticmethod
     def is_complete(wish: Wish) -> bool:
@@ -138,16 +136,10 @@ class HubDestination(ShadowedDestination):
             LoraMergeError: it may not, or the Hub cannot be asked.
         """
         push = _push_of(wish)
-        repo = RemoteRepo(push)
-        branch = repo.branch()
         check_apart(wish, push)
-        check_free(push, branch, wish.marks, overwrite=wish.overwrite)
-        if branch.head:
-            repo.check_visibility(is_private=branch.is_private)
         if push.way == "stream":
             check_streams()
-        if wish.card:
-            repo.check_card(wish.card)
+        check_branch(RemoteRepo(push), wish.marks, wish.card, overwrite=wish.overwrite)
 
     @staticmethod
     def check_writable(wish: Wish) -> None:

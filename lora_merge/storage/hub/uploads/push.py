@@ -51,6 +51,11 @@ class Push:
         return f"{SCHEME}://{self.repo}" + (f"@{self.branch}" if self.branch else "")
 
 
+def is_on_hub(out: str) -> bool:
+    """Return True for the text of an output on the Hub."""
+    return out.startswith(f"{SCHEME}://")
+
+
 def parse_target(text: str, option: str) -> tuple[str, str]:
     """Return the repo and the branch that a text names.
 
