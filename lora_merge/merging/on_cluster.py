@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_merge.errors import RequestError
-from lora_merge.executors.ray import Demand, address_for_children, connect
 from lora_merge.merging.budget import Budget, allot
 from lora_merge.requests.sizes import parse_size
 from lora_merge.storage.replaceable import SUFFIX
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.identity import Inputs
     from lora_merge.core.plan import MergePlan
+    from lora_merge.executors.ray import Demand
     from lora_merge.requests.request import Request
 
 
@@ -28,11 +28,15 @@ def connected_cpus(request: Request) -> int:
     Raises:
         RequestError: there is none.
     """
+    from lora_merge.executors.ray.cluster import connect  # few runs have a cluster
+
     return connect(request.ray_address)
 
 
 def cluster_for_others(request: Request) -> str:
     """Return the address with which other processes of this machine reach the cluster of a request."""
+    from lora_merge.executors.ray.cluster import address_for_children
+
     return address_for_children(request.ray_address)
 
 
@@ -83,6 +87,8 @@ def demand_of(request: Request, budget: Budget, device: str, tell: Callable[[str
         device: a torch device.
         tell: hears why no task runs.
     """
+    from lora_merge.executors.ray.demand import Demand
+
     return Demand(
         budget.peak_bytes, request.retries, device, is_limited=request.workers is not None, tell=tell
     )
