@@ -10,7 +10,7 @@ from lora_merge.codecs import CODECS
 from lora_merge.core.tensor import STORED_TYPES, TORCH_NAMES
 from lora_merge.core.view import Block, Spread, View
 from lora_merge.core.weight import Tile
-from lora_merge.formats.safetensors import box_norm, same_values, tensor_digest
+from lora_merge.formats.safetensors import Squares, box_norm, same_values, tensor_digest
 from lora_merge.storage.digests import digest_text, new_digest
 from lora_merge.storage.reading import ReadAhead
 from lora_merge.storage.sources import open_source
@@ -222,8 +222,6 @@ def weight_norms(weight: Weight, boxes: Sequence[Box]) -> list[float]:
     Raises:
         CheckpointError: a file ends too soon, or the disk cannot be read.
     """
-    import torch
-
     # A plain tensor's box can be read without the columns beside it.
     if weight.plain is not None:
         return [box_norm(weight.plain, box) for box in boxes]
@@ -231,7 +229,7 @@ def weight_norms(weight: Weight, boxes: Sequence[Box]) -> list[float]:
     outer = 2 if len(weight.shape) == 3 else 1
     blocks = [Block.of(view, box if outer == 2 else box[:1]) for box in boxes]
     inner = [tuple(slice(*limits) for limits in box[outer:]) for box in boxes]
-    spread, totals = Spread(blocks), [0.0] * len(blocks)
+    spread, totals, squares = Spread(blocks), [0.0] * len(blocks), Squares()
     with WeightReader(weight, view.n_rows, is_watched=True) as reader:
         for start, end in view.tiles(_BLOCK_ELEMENTS, reader.multiple):
             wanted = spread.meeting(start, end)
@@ -241,7 +239,7 @@ def weight_norms(weight: Weight, boxes: Sequence[Box]) -> list[float]:
                 for first, last in blocks[n].row_ranges():
                     rows = values[max(first - start, 0) : max(last - start, 0)]
                     part = rows.view(-1, *weight.shape[outer:])[(slice(None), *inner[n])]
-                    totals[n] += float(part.square().sum(dtype=torch.float64))
+                    totals[n] += squares(part.reshape(-1))
     return list(map(math.sqrt, totals))
 
 
