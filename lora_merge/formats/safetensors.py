@@ -278,7 +278,7 @@ _NORM_BYTES = 1 << 20
 
 
 class Squares:
-    """Sums of squares in float64: ``squares(values)`` is that of a one-dimensional floating-point tensor.
+    """Sums squares in float64.
 
     In parts, whose float64 stays in the processor's cache: new memory for a whole block takes ten times as long. By a
     dot product, since torch's sum of float32 as float64 takes three times as long.
@@ -289,9 +289,12 @@ class Squares:
 
         self._space = torch.empty(_NORM_ELEMENTS, dtype=torch.float64)
 
-    def __call__(self, values: torch.Tensor) -> float:
+    def of(self, values: torch.Tensor) -> float:
+        """Return the sum of the squares of a one-dimensional floating-point tensor."""
+        import torch
+
         total = 0.0
-        for part in values.split(_NORM_ELEMENTS):
+        for part in torch.split(values, _NORM_ELEMENTS):
             wide = self._space[: part.numel()].copy_(part)
             total += wide.dot(wide).item()
         return total
@@ -326,7 +329,7 @@ def box_norm(ref: TensorRef, box: Box = ()) -> float:
             step = strides[last] if strides else 1
             at, nbytes = ref.start + (first + start * step) * size, (end - start) * step * size
             for block in read_blocks(source, at, nbytes, _NORM_BYTES):
-                total += squares(torch.frombuffer(block, dtype=dtype))
+                total += squares.of(torch.frombuffer(block, dtype=dtype))
     return math.sqrt(total)
 
 

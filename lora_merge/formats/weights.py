@@ -239,7 +239,7 @@ def weight_norms(weight: Weight, boxes: Sequence[Box]) -> list[float]:
                 for first, last in blocks[n].row_ranges():
                     rows = values[max(first - start, 0) : max(last - start, 0)]
                     part = rows.view(-1, *weight.shape[outer:])[(slice(None), *inner[n])]
-                    totals[n] += squares(part.reshape(-1))
+                    totals[n] += squares.of(part.reshape(-1))
     return list(map(math.sqrt, totals))
 
 
