@@ -20,6 +20,7 @@ from lora_merge.checks.reading import Reader
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
 from lora_merge.core.weight import Weight
+from lora_merge.storage.ahead import read_ahead
 from lora_merge.words import listing, of_several
 
 if TYPE_CHECKING:
@@ -48,10 +49,28 @@ def recompute(evidence: Evidence) -> Iterator[Issue]:
     with contextlib.ExitStack() as stack:
         reader = Reader(stack)
         # In chunks, those of one step together.
-        for step, chunks in groupby(choice.rows, itemgetter(0)):
-            yield from _Compared(reader, evidence, step).problems(
-                [rows for _, rows in chunks], survival.get(step.main.name)
-            )
+        tasks = [(step, [rows for _, rows in chunks]) for step, chunks in groupby(choice.rows, itemgetter(0))]
+        # A few rows of each tensor are small reads, far apart.
+        ahead = (
+            tasks if evidence.level == "full" else read_ahead(tasks, lambda task: _ranges(evidence, *task))
+        )
+        for step, chunked in ahead:
+            yield from _Compared(reader, evidence, step).problems(chunked, survival.get(step.main.name))
+
+
+def _ranges(evidence: Evidence, step: Step, chunks: Sequence[list[int]]) -> Iterator[tuple[str, int, int]]:
+    """Yield the file, the first byte and the size of each row of a plain tensor of the output that is recomputed."""
+    op = step.op
+    if not isinstance(op, Merge) or not op.target.is_dense:
+        return
+    for slot in step.slots:
+        file, size = evidence.file_of(slot.file), slot.nbytes // op.view.n_rows
+        for rows in chunks:
+            # Of adjacent ones all are asked for together.
+            if rows and rows[-1] - rows[0] == len(rows) - 1:
+                yield file, slot.start + rows[0] * size, size * len(rows)
+            else:
+                yield from ((file, slot.start + row * size, size) for row in rows)
 
 
 def _unproved(evidence: Evidence, unseen: list[str]) -> Iterator[Issue]:

@@ -22,8 +22,6 @@ def rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
 
     torch's own conversion goes through float32, and rounds twice.
     """
-    import torch
-
     spacings = _powers(values, dtype)
     # Dividing and multiplying by powers of two is exact, so rounding half to even is the only rounding.
     return values.div(spacings).round_().mul_(spacings)

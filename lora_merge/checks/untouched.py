@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.plan import Copy
 from lora_merge.core.report import error
 from lora_merge.formats.safetensors import tensor_digest
+from lora_merge.storage.ahead import read_ahead
 from lora_merge.storage.digests import file_digest, is_of_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lora_merge.checks.evidence import Evidence
+    from lora_merge.core.plan import Step  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.core.report import Issue
-    from lora_merge.core.tensor import TensorRecord, TensorRef
+    from lora_merge.core.tensor import TensorRecord, TensorRef  # noqa: TC004 - the same
 
 WHOLE_BYTES = 256 << 20
 """Up to this many bytes of merged tensors together, all of them are read back at every level."""
@@ -31,24 +33,45 @@ def untouched(evidence: Evidence) -> Iterator[Issue]:
     recorded = {record.name: record for record in evidence.records}
     merged_bytes = sum(step.nbytes for step in evidence.plan.steps if not isinstance(step.op, Copy))
     is_whole = evidence.level == "full" or merged_bytes <= WHOLE_BYTES
-    for step in evidence.plan.steps:
-        is_copy = isinstance(step.op, Copy)
-        for slot in step.slots:
-            record, ref = recorded.get(slot.name), replace(slot, file=evidence.file_of(slot.file))
-            if evidence.level != "full" and slot.file in evidence.elsewhere.compared:
-                continue
-            if isinstance(step.op, Copy) and record is not None and is_of_file(record.digest):
-                # The store copied it, and nobody has read it so far.
-                record = replace(record, digest=evidence.digest(step.op.source))
-            if is_copy or (is_whole and record is not None and record.digest):
-                found, wanted = evidence.digest(ref), record.digest if record else None
-                if found != wanted:
-                    what = "differs from the base" if is_copy else "has changed since it was written"
-                    yield error("wrong-digest", slot.name, f"{what}: digest {found}, expected {wanted}")
-            # Digests of one tile in eight were taken while each was in the cache.
-            elif record is not None:
-                yield from _blocks(ref, record)
+    seen = [
+        _Seen(step, replace(slot, file=evidence.file_of(slot.file)), recorded.get(slot.name))
+        for step in evidence.plan.steps
+        for slot in step.slots
+        if evidence.level == "full" or slot.file not in evidence.elsewhere.compared
+    ]
+    # Blocks are small and apart, and merged tiles went past the page cache: each alone would wait for the disk.
+    for one in seen if is_whole else read_ahead(seen, _Seen.ranges):
+        record, ref, op = one.record, one.ref, one.step.op
+        if isinstance(op, Copy) and record is not None and is_of_file(record.digest):
+            # The store copied it, and nobody has read it so far.
+            record = replace(record, digest=evidence.digest(op.source))
+        if one.is_copy or (is_whole and record is not None and record.digest):
+            found, wanted = evidence.digest(ref), record.digest if record else None
+            if found != wanted:
+                what = "differs from the base" if one.is_copy else "has changed since it was written"
+                yield error("wrong-digest", ref.name, f"{what}: digest {found}, expected {wanted}")
+        # Digests of one tile in eight were taken while each was in the cache.
+        elif record is not None:
+            yield from _blocks(ref, record)
     yield from _sealed(evidence)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A tensor of the output that is read back: where it is, and what is recorded of it."""
+
+    step: Step
+    ref: TensorRef
+    record: TensorRecord | None
+
+    @property
+    def is_copy(self) -> bool:
+        return isinstance(self.step.op, Copy)
+
+    def ranges(self) -> Iterator[tuple[str, int, int]]:
+        """Yield the file, the first byte and the size of each block; of a copy nothing, which is read whole."""
+        for at, nbytes, _ in self.record.blocks if self.record is not None and not self.is_copy else ():
+            yield self.ref.file, self.ref.start + at, nbytes
 
 
 def _blocks(ref: TensorRef, record: TensorRecord) -> Iterator[Issue]:

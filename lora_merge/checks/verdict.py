@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRecord
 
 
-_N_THREADS = 2
-
-
 def verify(
     plan: MergePlan,
     root: Path,
@@ -47,7 +44,8 @@ def verify(
     if issues:  # the others presuppose the files that it misses
         return Verdict(level, len(plan.steps), 0, tuple(issues))
     others = [check for check in CHECKS.values() if check is not structure]
-    with ThreadPoolExecutor(_N_THREADS) as pool:  # a tokenizer takes as long to load as all else to check
+    # Most of their time they wait, each for something else: a tokenizer that loads, rows or blocks that the disk reads.
+    with ThreadPoolExecutor(len(others)) as pool:
         for found in pool.map(lambda check: list(check(evidence)), others):
             issues += found
     return Verdict(
