@@ -21,7 +21,7 @@ help: ## List these targets
 
 setup: $(VENV)/.installed ## Create .venv and install lora-merge with everything that development needs
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard lora_merge/native/*.c lora_merge/native/*.inc)
 	@echo "setup: creating $(VENV) and installing (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch

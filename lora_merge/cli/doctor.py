@@ -80,11 +80,18 @@ def _machine_rows(machine: Machine) -> list[tuple[str, str]]:
         total = f" of {size_text(machine.memory_total_bytes)}" if machine.memory_total_bytes else ""
         rows.append(("memory", f"{size_text(machine.memory_free_bytes)} free{total}"))
     rows.append(("torch", _torch_text(machine.torch)))
+    rows.append(("loops", _loops_text(machine.loops)))
     for n, gpu in enumerate(machine.torch.gpus):
         rows.append(
             (f"GPU {n}", f"{gpu.name}, {size_text(gpu.memory_bytes)}, compute capability {gpu.capability}")
         )
     return rows
+
+
+def _loops_text(vectors: str) -> str:
+    if vectors:
+        return f"compiled, {vectors}"
+    return "torch alone: quantised merges take several times as long (docs/performance.md)"
 
 
 def _torch_text(torch: Torch) -> str:

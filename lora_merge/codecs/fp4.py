@@ -7,10 +7,19 @@ from math import nan
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_merge.codecs import fresh_fp4
+from lora_merge.codecs.compiled import decode
 from lora_merge.codecs.geometry import by_line, groups_of, in_groups, lines_of, whole
+from lora_merge.codecs.grid import Codes
 from lora_merge.codecs.lattice import E2M1
-from lora_merge.codecs.stored_grid import Coded, stored_grid
-from lora_merge.codecs.tables import E2M1_SIGNS, as_floats, keep_signs_of_zeros_, look_up_e2m1, pack_e2m1_
+from lora_merge.codecs.stored_grid import Coded, stored_at_once, stored_grid
+from lora_merge.codecs.tables import (
+    E2M1_SIGNS,
+    as_floats,
+    keep_signs_of_zeros_,
+    look_up_e2m1,
+    pack_e2m1_,
+    values_of_e2m1,
+)
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -77,8 +86,10 @@ class Fp4(Coded):
         """Multiply each code by the scale of its group, to which the global scale is applied first."""
         lines, of = lines_of(tile), _settings(storage)
         values = out.view(lines.n, lines.width)
-        look_up_e2m1(parts[WEIGHT], values)
         scale = _scale(parts, of)
+        if decode(parts[WEIGHT].view(lines.n, -1), 4, values_of_e2m1(), scale, values, group=of.group):
+            return
+        look_up_e2m1(parts[WEIGHT], values)
         for group, columns in in_groups(values, of.group):
             group.mul_(scale[:, columns, None])
 
@@ -102,7 +113,9 @@ class Fp4(Coded):
             pack_e2m1_(levels, out[WEIGHT])
             keep_signs_of_zeros_(out[WEIGHT], stored[WEIGHT], E2M1_SIGNS)
 
-        return stored_grid(E2M1, pack, unpack, scale, group=of.group)
+        kept, before = (part.view(lines.n, -1) for part in (out[WEIGHT], stored[WEIGHT]))
+        codes = Codes.of(kept, 4, stored=before)
+        return stored_at_once(stored_grid(E2M1, pack, unpack, scale, group=of.group), scale, codes)
 
     def fresh(
         self,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.codecs.bfloat16 import divided, largest, largest_of_all, quotient
 from lora_merge.codecs.geometry import in_groups, lines_of
-from lora_merge.codecs.grid import Grid
+from lora_merge.codecs.grid import Codes, Grid
 from lora_merge.codecs.lattice import E2M1
 from lora_merge.codecs.powers import exponents, powers_of
 from lora_merge.codecs.tables import pack_e2m1_
@@ -86,6 +86,8 @@ def grid(
     group = int(settings["group"])
     size = largest(values.view(lines.n, lines.width), 1, group)
 
+    codes = Codes.of(out[WEIGHT].view(lines.n, -1), 4)
+
     def keep(levels: torch.Tensor) -> None:
         pack_e2m1_(levels, out[WEIGHT])
 
@@ -99,12 +101,20 @@ def grid(
             scale=power.float(),
             group=group,
             quotient=lambda found: quotient(found, power, group),
+            codes=codes,
         )
     assert survey is not None, "a global scale depends on all values: look at them first"
     overall = global_scale(survey)
     out[_GLOBAL].copy_(overall.view(out[_GLOBAL].shape))
     scale = _scales(size, overall, out[_SCALE])
-    return Grid(E2M1, keep, scale=scale, group=group, quotient=lambda found: _by_float32(found, scale, group))
+    return Grid(
+        E2M1,
+        keep,
+        scale=scale,
+        group=group,
+        quotient=lambda found: _by_float32(found, scale, group),
+        codes=codes,
+    )
 
 
 def _scales(size: torch.Tensor, overall: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lora_merge.codecs.bfloat16 import divided, largest, quotient
 from lora_merge.codecs.bits import codes_at_word_edges, pack
 from lora_merge.codecs.geometry import lines_of
-from lora_merge.codecs.grid import Grid
+from lora_merge.codecs.grid import Codes, Grid
 from lora_merge.codecs.lattice import Integers
 from lora_merge.core.weight import WEIGHT
 
@@ -73,6 +73,7 @@ def grid(tile: Tile, values: torch.Tensor, out: Mapping[str, torch.Tensor], stor
         zero=None if zero is None else zero.float(),
         group=group,
         quotient=lambda found: quotient(found, scale, group, zero),
+        codes=Codes.of(out[WEIGHT], _BITS, offset=8),
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.codecs.bfloat16 import divided, largest, quotient
 from lora_merge.codecs.geometry import in_groups, lines_of
-from lora_merge.codecs.grid import Grid
+from lora_merge.codecs.grid import Codes, Grid
 from lora_merge.codecs.lattice import E4M3, Integers
 from lora_merge.codecs.powers import exponents, powers_of
 from lora_merge.core.weight import WEIGHT
@@ -55,8 +55,9 @@ def grid(tile: Tile, values: torch.Tensor, out: Mapping[str, torch.Tensor], stor
     rows, columns = int(settings["block_rows"]), int(settings["block_columns"])
     size = largest(values.view(lines.n, lines.width), rows, columns)
     keep = _keep(out[WEIGHT], str(settings["codes"]))
+    codes = Codes.of(out[WEIGHT].view(lines.n, -1), 8)
     if settings[_SCALE] == "F32":
-        return _of_transformers(size, lines, (rows, columns), out[_SCALE], keep)
+        return _of_transformers(size, lines, (rows, columns), out[_SCALE], keep, codes)
     if settings[_SCALE] in _POWERS:
         exponent = exponents(size, _OFFSET)
         out[_SCALE].copy_(exponent)
@@ -74,6 +75,7 @@ def grid(tile: Tile, values: torch.Tensor, out: Mapping[str, torch.Tensor], stor
         scale=by_line.float(),
         group=columns,
         quotient=lambda found: quotient(found, by_line, columns),
+        codes=codes,
     )
 
 
@@ -83,6 +85,7 @@ def _of_transformers(
     block: tuple[int, int],
     out: torch.Tensor,
     keep: Callable[[torch.Tensor], None],
+    codes: Codes | None,
 ) -> Grid:
     """Return the grid of ``fp8``: values are multiplied by 448 / a, and the inverse of that is stored."""
     import torch
@@ -101,7 +104,7 @@ def _of_transformers(
             part.mul_(factor[:, columns, None])
         return found
 
-    return Grid(E4M3, keep, scale=inverse, group=block[1], quotient=product)
+    return Grid(E4M3, keep, scale=inverse, group=block[1], quotient=product, codes=codes)
 
 
 def _by_line(scale: torch.Tensor, lines: Lines, rows: int) -> torch.Tensor:

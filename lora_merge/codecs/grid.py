@@ -17,6 +17,38 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Codes:
+    """Where compiled code may store codes at once, in place of levels: lines of bytes, one code behind the other.
+
+    Shapes:
+        out, stored: U8 ``[lines, bytes]``, contiguous.
+    """
+
+    out: torch.Tensor
+    bits: int
+    """Of a code, 4 or 8; the low ones of a byte first."""
+
+    offset: int = 0
+    """What is added to a whole number, whose lower bits are its code."""
+
+    stored: torch.Tensor | None = None
+    """The codes before: a zero that stays one keeps its sign. None where there is one zero."""
+
+    @classmethod
+    def of(
+        cls, out: torch.Tensor, bits: int, *, offset: int = 0, stored: torch.Tensor | None = None
+    ) -> Codes | None:
+        """Return the place of codes that are stored as bytes or words ``[lines, …]``; None if they are not in one piece."""
+        import torch
+
+        parts = [part for part in (out, stored) if part is not None]
+        if not all(part.is_contiguous() and part.dim() == 2 and part.numel() for part in parts):
+            return None
+        seen = [part.view(torch.uint8) for part in parts]
+        return cls(seen[0], bits, offset, seen[1] if stored is not None else None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Grid:
     """The grid of a tile: a level (`Lattice`) stands for ``(level - zero) · scale + bias``, in float32.
 
@@ -52,6 +84,9 @@ class Grid:
     own arithmetic, in bfloat16 for example. Float32 ``[lines, in]`` → the same, newly allocated.
     """
 
+    codes: Codes | None = None
+    """Where codes may be stored without `keep`. None where that is not all that `keep` does."""
+
     def of_lines(self, first: int, last: int) -> Grid:
         """Return the grid of some of the lines, without a `keep`."""
 
@@ -67,6 +102,7 @@ class Grid:
             bias=cut(self.bias),
             place=cut(self.place),
             quotient=None,
+            codes=None,
         )
 
     def nearest(self, values: torch.Tensor) -> torch.Tensor:

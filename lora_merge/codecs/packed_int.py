@@ -14,10 +14,12 @@ from lora_merge.codecs.bits import (
     whole_codes,
     words_of,
 )
+from lora_merge.codecs.compiled import decode, whole_numbers
 from lora_merge.codecs.geometry import by_line, groups_of, lines_of, whole
+from lora_merge.codecs.grid import Codes
 from lora_merge.codecs.grouped import dequantise, dequantise_by_index, grouping
 from lora_merge.codecs.lattice import Integers
-from lora_merge.codecs.stored_grid import Coded, stored_grid
+from lora_merge.codecs.stored_grid import Coded, stored_at_once, stored_grid
 from lora_merge.core.tensor import nbytes_of
 from lora_merge.core.weight import WEIGHT, PartRange
 
@@ -76,18 +78,21 @@ class PackedInt(Coded):
         """Unpack the codes, and apply the zero and the scale of each group."""
         settings, lines = dict(storage.settings), lines_of(tile)
         bits, codes = int(settings["bits"]), out.view(lines.n, lines.width)
+        scale, offset = parts["scale"].float(), 1 << (bits - 1)
+        # Codes and zeros are both offset, so that the offsets cancel.
+        zero = _zeros(lines, parts["zero"], bits) if settings["zero"] else None
+        has_index, group = _has_index(parts), int(settings["group"])
+        table = whole_numbers(bits, offset if zero is None else 0)
+        if not has_index and decode(parts[WEIGHT], bits, table, scale, codes, group=group, zero=zero):
+            return
         for few, words in _few(lines, codes, parts[WEIGHT]):
             few.copy_(unpack(words, bits, lines.width))
-        scale = parts["scale"].float()
-        if settings["zero"]:
-            # Codes and zeros are both offset, so that the offsets cancel.
-            zero = _zeros(lines, parts["zero"], bits)
-        else:
-            zero = scale.new_full(scale.shape, 1 << (bits - 1))
-        if _has_index(parts):
+        if zero is None:
+            zero = scale.new_full(scale.shape, offset)
+        if has_index:
             dequantise_by_index(codes, zero, scale, parts["g_idx"])
         else:
-            dequantise(codes, zero, scale, int(settings["group"]))
+            dequantise(codes, zero, scale, group)
 
     def on_stored(
         self,
@@ -106,14 +111,17 @@ class PackedInt(Coded):
             for few, words in _few(lines, levels, out[WEIGHT]):
                 words.copy_(pack(whole_codes(few.add_(offset)), bits))
 
-        return stored_grid(
+        scale = stored["scale"].float()
+        found = stored_grid(
             Integers(-offset, (1 << bits) - 1 - offset),
             keep,
             lambda: unpack(stored[WEIGHT], bits, lines.width).float().sub_(offset),
-            stored["scale"].float(),
+            scale,
             zero=_zeros(lines, stored["zero"], bits) if settings["zero"] else None,
             group=grouping(stored["g_idx"]) if _has_index(stored) else int(settings["group"]),
         )
+        codes = Codes.of(out[WEIGHT], bits, offset=offset) if bits in {4, 8} else None
+        return stored_at_once(found, scale, codes)
 
     def fresh(
         self,

@@ -6,10 +6,19 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_merge.codecs import fresh_scaled
+from lora_merge.codecs.compiled import decode, signed_bytes
 from lora_merge.codecs.geometry import by_block, by_line, groups_of, in_groups, lines_of
+from lora_merge.codecs.grid import Codes
 from lora_merge.codecs.lattice import E4M3, E5M2, Integers
-from lora_merge.codecs.stored_grid import Coded, stored_grid
-from lora_merge.codecs.tables import as_floats, bytes_of, keep_signs_of_zeros_, look_up, pack_bytes
+from lora_merge.codecs.stored_grid import Coded, stored_at_once, stored_grid
+from lora_merge.codecs.tables import (
+    as_floats,
+    bytes_of,
+    keep_signs_of_zeros_,
+    look_up,
+    pack_bytes,
+    values_of_codes,
+)
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -83,8 +92,11 @@ class Scaled(Coded):
         """Multiply each code by the scale of its block. NaN codes and scales stay NaN."""
         lines, of = lines_of(tile), _settings(storage)
         values = out.view(lines.n, lines.width)
-        _levels(parts, of, values)
         scale = _scale(lines, parts, of)
+        table = signed_bytes() if of.codes == "I8" else values_of_codes(of.codes, parts[WEIGHT].device)
+        if decode(parts[WEIGHT].view(lines.n, -1), 8, table, scale, values, group=of.block_columns):
+            return
+        _levels(parts, of, values)
         for group, columns in in_groups(values, of.block_columns):
             group.mul_(scale[:, columns, None])
 
@@ -110,14 +122,11 @@ class Scaled(Coded):
             if of.codes != "I8":
                 keep_signs_of_zeros_(kept, stored[WEIGHT].view(kept.shape), _SIGN)
 
-        return stored_grid(
-            LATTICES[of.codes],
-            pack,
-            unpack,
-            # A grid has a row of scales for each line, and `_scale` one row where all share it.
-            scale.expand(lines.n, -1),
-            group=of.block_columns,
-        )
+        # A grid has a row of scales for each line, and `_scale` one row where all share it.
+        scale = scale.expand(lines.n, -1)
+        found = stored_grid(LATTICES[of.codes], pack, unpack, scale, group=of.block_columns)
+        before = None if of.codes == "I8" else stored[WEIGHT].view(kept.shape)
+        return stored_at_once(found, scale, Codes.of(kept, 8, stored=before))
 
     def fresh(
         self,

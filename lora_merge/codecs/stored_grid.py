@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_merge.codecs.geometry import lines_of
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.codecs.grid import Codes
     from lora_merge.codecs.lattice import Lattice
     from lora_merge.core.weight import Storage, Survey, Tile
 
@@ -122,6 +124,18 @@ def stored_grid(
         pack(levels)
 
     return Grid(lattice, keep, scale, zero, bias, group)
+
+
+def stored_at_once(grid: Grid, scale: torch.Tensor, codes: Codes | None) -> Grid:
+    """Return a grid of stored scales that compiled code may fill, if every code means something.
+
+    Args:
+        grid: what `stored_grid` made of the scales.
+        scale: as it was given.
+        codes: where they are stored.
+    """
+    has_zeros = grid.scale is not scale
+    return grid if has_zeros else replace(grid, codes=codes)
 
 
 def _of_columns(found: torch.Tensor, group: int | torch.Tensor, width: int) -> torch.Tensor:

@@ -47,11 +47,19 @@ def values_of_codes(dtype: str, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache
+def values_of_e2m1() -> torch.Tensor:
+    """Return what each E2M1 code means: float32 ``[16]``, on the CPU."""
+    import torch
+
+    return torch.tensor(_E2M1)
+
+
+@lru_cache
 def pairs_of_e2m1(device: torch.device) -> torch.Tensor:
     """Return the two E2M1 values of each byte, the low nibble's first: two float32 in one int64, ``[256]``."""
     import torch
 
-    values, codes = torch.tensor(_E2M1), torch.arange(256)
+    values, codes = values_of_e2m1(), torch.arange(256)
     pairs = torch.stack((values[codes & 15], values[codes >> 4]), 1)
     # A pair is copied as one number of 64 bits: twice as fast as one value at a time.
     return pairs.view(torch.int64).view(-1).to(device)

@@ -134,6 +134,9 @@ class Machine:
     caches: tuple[Cache, ...]
     engines: tuple[Engine, ...]
     variables: tuple[Variable, ...]
+    loops: str = ""
+    """Vectors that the compiled loops use here; empty without them."""
+
     stores: tuple[StoreAccess, ...] = ()
     """Empty if the package that speaks to them is not installed."""
 

@@ -15,6 +15,7 @@ from lora_merge.diagnosis.packages import engine_packages, packages
 from lora_merge.diagnosis.places import caches, disks, programs
 from lora_merge.diagnosis.stores import stores
 from lora_merge.diagnosis.variables import variables
+from lora_merge.native.library import library
 from lora_merge.runtime.machine import free_bytes, usable_cores
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def diagnose(environ: Mapping[str, str] = os.environ) -> Diagnosis:
         engines=(*engine_packages(), *programs()),
         variables=variables(environ),
         stores=stores(environ),
+        loops=found.vectors if (found := library()) else "",
     )
     return Diagnosis(machine, findings(machine))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge._version import __version__
 from lora_merge.formats.provenance import Provenance
 from lora_merge.formats.stored_versions import versions_of
+from lora_merge.native.library import library
 from lora_merge.requests.recording import record_of
 from lora_merge.storage.hub.uploads.push import is_on_hub
 from lora_merge.words import listing
@@ -81,4 +82,5 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "loops": "compiled" if library() else "torch",
     }

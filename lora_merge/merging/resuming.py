@@ -13,6 +13,7 @@ from lora_merge.core.work import Plain, largest_first
 from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.merging.by_file import file_pieces
 from lora_merge.merging.unchanged_inputs import changed_times, sources_of
+from lora_merge.native.library import library
 from lora_merge.storage.digests import digest_text, new_digest
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def fingerprint(
     from importlib import metadata
 
     digest = new_digest()
-    versions = (__version__, metadata.version("torch"))
+    # Compiled loops sum in another order than torch.
+    versions = (__version__, metadata.version("torch"), library() is not None)
     # surrogatepass: paths that are not UTF-8 hold lone surrogates.
     for part in (plan, known, digests, sorted(options.items()), versions):
         digest.update(repr(part).encode("utf-8", "surrogatepass"))

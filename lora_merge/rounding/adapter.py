@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.codecs.lattice import Floats, Integers, sign_zeros_
 from lora_merge.rounding.bands import Band, Memory, Workspace
+from lora_merge.rounding.compiled import round_to_levels
 from lora_merge.rounding.schedule import band_rows, last_panel
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def round_adapter(
 
     n_rows, n_columns = values.shape[::-1] if along else values.shape
     levels = torch.empty_like(values, memory_format=torch.contiguous_format) if out is None else out
+    if not along and (found := round_to_levels(values, grid, schedule, levels)) is not None:
+        return levels, found
     error = values.new_zeros((n_rows, len(schedule.basis)))
     size = band_rows(n_columns)
     memory = memory or Memory()

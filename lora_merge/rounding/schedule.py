@@ -65,6 +65,37 @@ class Steps(NamedTuple):
     """q·q / (λ + q·q) of all columns, float32 ``[columns, 1]``."""
 
 
+class FlatSweep(NamedTuple):
+    """`Steps` that decide the last columns again, as compiled code reads them."""
+
+    sizes: torch.Tensor
+    """Int32, of the blocks."""
+
+    pulls: torch.Tensor
+    """Float32 ``[columns, r]``."""
+
+    shares: torch.Tensor
+    """Float32 ``[columns]``."""
+
+
+class Flat(NamedTuple):
+    """A schedule as compiled code reads it: see `Steps`."""
+
+    sizes: torch.Tensor
+    """Int32, of the blocks of all columns."""
+
+    pulls: torch.Tensor
+    """Float32 ``[in, r]``."""
+
+    pushes: torch.Tensor
+    """Float32 ``[in, r]``."""
+
+    again: int
+    """The first column that is decided again."""
+
+    sweeps: tuple[FlatSweep, ...]
+
+
 class Schedule(NamedTuple):
     """How all columns of a matrix are decided."""
 
@@ -76,6 +107,8 @@ class Schedule(NamedTuple):
 
     sweeps: tuple[Steps, ...]
     """How the columns of the last panel are decided again, each time given all others."""
+
+    flat: Flat
 
 
 def schedule_of(basis: torch.Tensor, damping: float) -> Schedule:
@@ -99,8 +132,29 @@ def schedule_of(basis: torch.Tensor, damping: float) -> Schedule:
     last = basis[:, before:]
     # The first sweep makes less noise of it, which only shows where the last columns are many of all.
     shares = _SWEEPS if 8 * (n_columns - before) > n_columns else _SWEEPS[-1:]
-    sweeps = (_steps(last, squares[before:], squares.new_tensor(share * mean)) for share in shares)
-    return Schedule(basis, tuple(_panels(steps, before)), tuple(sweeps))
+    sweeps = tuple(_steps(last, squares[before:], squares.new_tensor(share * mean)) for share in shares)
+    return Schedule(basis, tuple(_panels(steps, before)), sweeps, _flat(basis, steps, before, sweeps))
+
+
+def _flat(basis: torch.Tensor, steps: Steps, before: int, sweeps: Iterable[Steps]) -> Flat:
+    """Return a schedule as compiled code reads it.
+
+    Args:
+        basis: as `Schedule` has it.
+        steps: of all columns.
+        before: columns that are decided once.
+        sweeps: the steps of the others.
+    """
+    import torch
+
+    def sizes(some: Steps) -> torch.Tensor:
+        return torch.tensor(some.sizes, dtype=torch.int32)
+
+    flat = (
+        FlatSweep(sizes(sweep), torch.cat(sweep.pulls), sweep.shares.flatten().contiguous())
+        for sweep in sweeps
+    )
+    return Flat(sizes(steps), torch.cat(steps.pulls), basis.t().contiguous(), before, tuple(flat))
 
 
 def _steps(basis: torch.Tensor, squares: torch.Tensor, damping: torch.Tensor) -> Steps:

@@ -15,6 +15,7 @@ from lora_merge._version import __version__
 from lora_merge.errors import CheckpointError, LoraMergeError, WriteError
 from lora_merge.executors.cuda import cuda_thread
 from lora_merge.executors.processes import Broken, Raised
+from lora_merge.native.library import library
 from lora_merge.runtime.shortage import translate_out_of_memory
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Begun:
 @cache
 def versions() -> str:
     """Return what has to be equal where outputs are to have equal bytes, in words."""
-    return f"lora-merge {__version__} with torch {importlib.metadata.version('torch')}"
+    loops = "with" if library() else "without"
+    return f"lora-merge {__version__} {loops} compiled loops, torch {importlib.metadata.version('torch')}"
 
 
 def carry_out(run: str, expected: str, spec: list[Any], piece: bytes, device: str) -> Iterator[object]:

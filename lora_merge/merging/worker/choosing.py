@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lora_merge.deltas import keeps_effect
 from lora_merge.merging.worker.spans import Spans
 from lora_merge.rounding.adapter import round_adapter
+from lora_merge.rounding.compiled import round_to_codes
 from lora_merge.rounding.stochastic import round_stochastic
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ class Choosing:
 
     def levels(
         self, values: torch.Tensor, grid: Grid, start: int, end: int, changers: Sequence[Changer]
-    ) -> torch.Tensor:
-        """Return the levels of a tile.
+    ) -> torch.Tensor | None:
+        """Return the levels of a tile; None where their codes are stored (`Grid.codes`).
 
         Args:
             values: float32 ``[lines, in]``, after the change.
@@ -70,21 +71,25 @@ class Choosing:
             changers: of its deltas.
         """
         method = None if self._rounding is None else self._rounding.method
+        spans = self._spans_of(start, end, changers) if self._is_accounted or method == "adapter" else []
+        if method in {None, "adapter"} and self._is_packed(
+            values, grid, spans, start, is_fed_back=method == "adapter"
+        ):
+            return None
         if method == "adapter":
-            return self._by_adapter(values, grid, start, end, changers)
+            return self._by_adapter(values, grid, spans, start)
         if self._rounding is not None and method == "stochastic":
             first = start * self._op.view.columns
             levels = round_stochastic(values, grid, self._rounding.seed, self._rounding.rng_key, first)
         else:
             levels = grid.nearest(values)
         if self._is_accounted:
-            self._account(values, grid, levels, self._spans_of(start, end, changers), start)
+            self._account(values, grid, levels, spans, start)
         return levels
 
     def _by_adapter(
-        self, values: torch.Tensor, grid: Grid, start: int, end: int, changers: Sequence[Changer]
+        self, values: torch.Tensor, grid: Grid, spans: Sequence[Span], start: int
     ) -> torch.Tensor:
-        spans = self._spans_of(start, end, changers)
         levels = None
         for span in spans:
             rows, columns = self._place(span, start)
@@ -113,6 +118,19 @@ class Choosing:
                 levels[rows, columns] = chosen
         self._before = None
         return grid.nearest(values) if levels is None else levels
+
+    def _is_packed(
+        self, values: torch.Tensor, grid: Grid, spans: Sequence[Span], start: int, *, is_fed_back: bool
+    ) -> bool:
+        """Store the codes of a tile at once, if there is compiled code for it. Return whether it is done."""
+        if len(spans) != 1 or self._along or spans[0].last - spans[0].first != len(values):
+            return False
+        error = round_to_codes(values, grid, spans[0].schedule, is_fed_back=is_fed_back)
+        if error is None:
+            return False
+        self._add(spans[0], values, *self._place(spans[0], start), error)
+        self._before = None
+        return True
 
     def _account(
         self, values: torch.Tensor, grid: Grid, levels: torch.Tensor, spans: Sequence[Span], start: int

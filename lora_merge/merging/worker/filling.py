@@ -129,8 +129,8 @@ class Chosen:
     tile: Tile
     changers: Sequence[Changer]
 
-    def __call__(self, values: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Return the levels of the tile's values, float32 ``[lines, in]``."""
+    def __call__(self, values: torch.Tensor, grid: Grid) -> torch.Tensor | None:
+        """Return the levels of the tile's values, float32 ``[lines, in]``; None where they are stored."""
         self.sample.look(self.frame, self.tile, grid)
         return self.choosing.levels(values, grid, self.tile.start, self.tile.end, self.changers)
 

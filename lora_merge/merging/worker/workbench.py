@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lora_merge.codecs import Codec, Encoder
     from lora_merge.codecs.grid import Grid
 
-    Choose = Callable[[torch.Tensor, Grid], torch.Tensor]
-    """Values float32 ``[lines, in]`` and their grid → levels."""
+    Choose = Callable[[torch.Tensor, Grid], torch.Tensor | None]
+    """Values float32 ``[lines, in]`` and their grid → levels; None where their codes are stored."""
 
 CUDA_DEPTH = 3
 """Tiles of one worker under way at once on a GPU: one is uploaded and one downloaded while one is computed."""
@@ -139,7 +139,9 @@ class Frame:
         if not self._target.is_dense:
             lines = lines_of(tile)
             values = values.view(lines.n, lines.width)
-        grid.keep(grid.nearest(values) if choose is None else choose(values, grid))
+        levels = grid.nearest(values) if choose is None else choose(values, grid)
+        if levels is not None:
+            grid.keep(levels)
 
     def wait(self) -> None:
         """Wait until `encoded` is complete and `raw` may be overwritten. On the CPU both are so at once."""

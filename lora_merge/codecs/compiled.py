@@ -1,0 +1,87 @@
+"""Decoding by compiled code (`lora_merge.native`), with the bits that torch gives."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from lora_merge.native.library import Coded, library
+
+if TYPE_CHECKING:
+    import torch
+
+
+def decode(
+    codes: torch.Tensor,
+    bits: int,
+    table: torch.Tensor,
+    scale: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    group: int,
+    zero: torch.Tensor | None = None,
+) -> bool:
+    """Write ``(table[code] - zero) · scale``, if there is compiled code for it. Return whether it is done.
+
+    Args:
+        codes: lines of bytes or words; of four bits, the low ones of each byte first.
+        bits: of a code, 4 or 8.
+        table: float32, what each code stands for before the scale.
+        scale: float32 ``[lines, groups]``, or ``[1, groups]`` where all lines share it.
+        out: float32 ``[lines, in]``.
+        group: adjacent values of a group, the last of a line may be cut off; 0 for the whole line.
+        zero: float32 ``[lines, groups]``; None for 0.
+    """
+    import torch
+
+    found = library()
+    lines, width = out.shape
+    if found is None or not lines or not out.is_cpu or bits not in {4, 8} or (bits == 4 and group % 2):
+        return False
+    parts = [scale] if zero is None else [scale, zero]
+    if any(part.dtype != torch.float32 or not part.is_contiguous() for part in (out, table, *parts)):
+        return False
+    if not codes.is_contiguous() or codes.shape[0] != lines:
+        return False
+    stride = codes.shape[1] * codes.element_size()
+    if stride * 8 < width * bits:
+        return False
+    found.decode(
+        Coded(
+            n_lines=lines,
+            n_columns=width,
+            codes=codes.data_ptr(),
+            code_stride=stride,
+            bits=bits,
+            table=table.data_ptr(),
+            scale=scale.data_ptr(),
+            scale_stride=_stride(scale),
+            zero=None if zero is None else zero.data_ptr(),
+            zero_stride=0 if zero is None else _stride(zero),
+            group=group or width,
+            values=out.data_ptr(),
+            stride=width,
+        )
+    )
+    return True
+
+
+def _stride(part: torch.Tensor) -> int:
+    """Return the distance of two lines; 0 where all share one."""
+    return part.shape[1] if len(part) > 1 else 0
+
+
+@lru_cache
+def whole_numbers(bits: int, offset: int) -> torch.Tensor:
+    """Return ``code - offset`` of each code, float32 ``[2^bits]``."""
+    import torch
+
+    return torch.arange(1 << bits, dtype=torch.float32).sub_(offset)
+
+
+@lru_cache
+def signed_bytes() -> torch.Tensor:
+    """Return what each byte is as an int8: float32 ``[256]``."""
+    import torch
+
+    return torch.arange(256, dtype=torch.uint8).view(torch.int8).float()

@@ -1,0 +1,177 @@
+/* Rounding that keeps the adapter, see lora_merge/rounding/adapter.py, which this follows block by block: the same columns are decided
+ * together, in the same order. A line of a matrix does not depend on the others, so lines are what a vector holds.
+ *
+ * Sums are taken in the order of k and j, with fused multiply-adds: the bits do not depend on the processor.
+ */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+/* GCC 12 and clang have the first. */
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+#ifndef SHUFFLE
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (__typeof__(a)){__VA_ARGS__})
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* Columns that are loaded together. No block goes from one strip into the next. */
+#define STRIP 64
+
+enum { INTEGERS, FLOATS, BFLOAT16 };
+
+/* The numbers that one code can stand for, see lora_merge/codecs/lattice.py. */
+struct lattice {
+    int32_t kind;
+    float first, last;
+    float reach;              /* times a step: by how much a number may be moved */
+    float smallest, largest;  /* normal numbers */
+    float big;                /* times a power of two: a number whose last bit is the spacing there */
+    int32_t shift, below;     /* of the bits of a normal float32, which are its code then */
+    float spacings;           /* spacings of numbers that are not normal, in 1 */
+};
+
+/* Columns that are decided again. */
+struct sweep {
+    const int32_t *sizes;
+    const float *pulls;   /* [columns, rank] */
+    const float *shares;  /* [columns] */
+};
+
+struct job {
+    int64_t n_lines, n_columns;
+    const float *values;
+    int64_t stride;                  /* between lines, in float32 */
+    const float *scale, *zero, *bias; /* [lines, groups], or NULL for 1, 0, 0 */
+    int64_t scale_stride, zero_stride, bias_stride; /* 0 where lines share them */
+    const int32_t *group;            /* of each column */
+    struct lattice lattice;
+    int32_t rank;
+    const int32_t *sizes;            /* of the blocks */
+    const float *pulls;              /* [columns, rank]; or NULL: each value becomes the nearest level */
+    const float *pushes;             /* [columns, rank] */
+    int64_t again;                   /* the first column that is decided again, a multiple of STRIP */
+    int32_t n_sweeps;
+    const struct sweep *sweeps;
+    float *levels;                   /* where there are no codes */
+    int64_t stride_out;
+    uint8_t *codes;                  /* [lines, code_stride] */
+    int64_t code_stride;             /* in bytes */
+    int32_t bits, offset;
+    const uint8_t *stored;           /* codes whose zeros keep their signs; or NULL */
+    float *error;                    /* [lines, rank] */
+};
+
+/* Lines of codes, and where their values go: (table[code] - zero) * scale. */
+struct coded {
+    int64_t n_lines, n_columns;
+    const uint8_t *codes;
+    int64_t code_stride; /* in bytes */
+    int32_t bits;        /* 4 or 8 */
+    const float *table;  /* [16] or [256] */
+    const float *scale;  /* [lines, groups] */
+    int64_t scale_stride;
+    const float *zero;   /* the same; or NULL for 0 */
+    int64_t zero_stride;
+    int64_t group;       /* columns of a group; an even number, or all */
+    float *values;
+    int64_t stride;
+};
+
+#define PASTE_(a, b) a##b
+#define PASTE(a, b) PASTE_(a, b)
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+#define LANES 16
+#define N(name) PASTE(name, _512)
+#include "rounding.inc"
+#include "decoding.inc"
+#undef N
+#undef LANES
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define LANES 8
+#define N(name) PASTE(name, _256)
+#include "rounding.inc"
+#include "decoding.inc"
+#undef N
+#undef LANES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+/* Returns the lanes of the widest vectors that this processor has, 0 where it has none that is supported. */
+int lines_lanes(void) {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return 16;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 8 : 0;
+}
+
+/* Returns 0, or the number of an error. */
+int lines_round(const struct job *job, int lanes) { return lanes == 16 ? round_512(job) : round_256(job); }
+
+void lines_decode(const struct coded *of, int lanes) {
+    if (lanes == 16)
+        decode_512(of);
+    else
+        decode_256(of);
+}
+
+#elif defined(__aarch64__)
+
+#define LANES 4
+#define N(name) PASTE(name, _128)
+#include "rounding.inc"
+#include "decoding.inc"
+#undef N
+#undef LANES
+
+int lines_lanes(void) { return 4; }
+int lines_round(const struct job *job, int lanes) {
+    (void)lanes;
+    return round_128(job);
+}
+void lines_decode(const struct coded *of, int lanes) {
+    (void)lanes;
+    decode_128(of);
+}
+
+#else
+
+int lines_lanes(void) { return 0; }
+int lines_round(const struct job *job, int lanes) {
+    (void)job;
+    (void)lanes;
+    return 1;
+}
+void lines_decode(const struct coded *of, int lanes) {
+    (void)of;
+    (void)lanes;
+}
+
+#endif

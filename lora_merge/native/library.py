@@ -1,0 +1,162 @@
+"""The compiled library: where it is, what it takes, and whether this machine can use it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SWITCH = "LORA_MERGE_NATIVE"
+"""Environment variable: ``0`` leaves the library out."""
+
+STRIP = 64
+"""Columns that are loaded together, as in ``kernels.c``: no block of columns goes from one strip into the next."""
+
+_pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+
+
+class Lattice(ctypes.Structure):
+    """``struct lattice``."""
+
+    _fields_ = (
+        ("kind", _int),
+        ("first", _float),
+        ("last", _float),
+        ("reach", _float),
+        ("smallest", _float),
+        ("largest", _float),
+        ("big", _float),
+        ("shift", _int),
+        ("below", _int),
+        ("spacings", _float),
+    )
+
+
+class Sweep(ctypes.Structure):
+    """``struct sweep``."""
+
+    _fields_ = (("sizes", _pointer), ("pulls", _pointer), ("shares", _pointer))
+
+
+class Job(ctypes.Structure):
+    """``struct job``: lines that are rounded."""
+
+    _fields_ = (
+        ("n_lines", _long),
+        ("n_columns", _long),
+        ("values", _pointer),
+        ("stride", _long),
+        ("scale", _pointer),
+        ("zero", _pointer),
+        ("bias", _pointer),
+        ("scale_stride", _long),
+        ("zero_stride", _long),
+        ("bias_stride", _long),
+        ("group", _pointer),
+        ("lattice", Lattice),
+        ("rank", _int),
+        ("sizes", _pointer),
+        ("pulls", _pointer),
+        ("pushes", _pointer),
+        ("again", _long),
+        ("n_sweeps", _int),
+        ("sweeps", _pointer),
+        ("levels", _pointer),
+        ("stride_out", _long),
+        ("codes", _pointer),
+        ("code_stride", _long),
+        ("bits", _int),
+        ("offset", _int),
+        ("stored", _pointer),
+        ("error", _pointer),
+    )
+
+
+class Coded(ctypes.Structure):
+    """``struct coded``: lines of codes that are decoded."""
+
+    _fields_ = (
+        ("n_lines", _long),
+        ("n_columns", _long),
+        ("codes", _pointer),
+        ("code_stride", _long),
+        ("bits", _int),
+        ("table", _pointer),
+        ("scale", _pointer),
+        ("scale_stride", _long),
+        ("zero", _pointer),
+        ("zero_stride", _long),
+        ("group", _long),
+        ("values", _pointer),
+        ("stride", _long),
+    )
+
+
+_VECTORS = {16: "AVX-512", 8: "AVX2", 4: "NEON"}
+
+
+class Library(NamedTuple):
+    """The functions, and the vectors that they use here."""
+
+    functions: ctypes.CDLL
+    lanes: int
+    """Float32 numbers of a vector: 16 with AVX-512, 8 with AVX2, 4 on ARM64."""
+
+    @property
+    def vectors(self) -> str:
+        """The name of the processor's instructions."""
+        return _VECTORS[self.lanes]
+
+    def round(self, job: Job) -> None:
+        """Choose the levels of some lines.
+
+        Raises:
+            MemoryError: there is no memory for the strips of a few lines.
+        """
+        if self.functions.lines_round(ctypes.byref(job), self.lanes):
+            raise MemoryError("no memory to round a tile")
+
+    def decode(self, coded: Coded) -> None:
+        """Write the values of some lines."""
+        self.functions.lines_decode(ctypes.byref(coded), self.lanes)
+
+
+class _Switch:
+    """Whether the library is left out for now."""
+
+    is_off = False
+
+
+@lru_cache(1)
+def _found() -> Library | None:
+    if os.environ.get(SWITCH) == "0":
+        return None
+    for file in sorted(Path(__file__).parent.glob("_kernels*.so")):
+        # One that was built for another system, or with another C library, is as good as none.
+        with contextlib.suppress(OSError, AttributeError):
+            functions = ctypes.CDLL(str(file))
+            lanes = functions.lines_lanes()
+            if lanes:
+                return Library(functions, lanes)
+    return None
+
+
+def library() -> Library | None:
+    """Return the compiled functions; None where they are not built, this processor has no vectors for them, or `SWITCH` is 0."""
+    return None if _Switch.is_off else _found()
+
+
+@contextlib.contextmanager
+def hidden() -> Iterator[None]:
+    """While in this context, no thread finds the library: what it does is done with torch."""
+    before, _Switch.is_off = _Switch.is_off, True
+    try:
+        yield
+    finally:
+        _Switch.is_off = before
