@@ -6,12 +6,14 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from lora_merge.diagnosis.facts import Variable
+from lora_merge.native.library import SWITCH
 from lora_merge.redaction import VARIABLES, fit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _NAMES: Final = (
+    SWITCH,
     "HF_HOME",
     "HF_HUB_CACHE",
     "HF_ENDPOINT",
