@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from lora_merge.codecs.tables import values_of_codes
 from lora_merge.native.library import Coded, library
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def decode(
             zero=None if zero is None else zero.data_ptr(),
             zero_stride=0 if zero is None else _stride(zero),
             group=group or width,
+            is_e4m3=table is values_of_codes("F8_E4M3", table.device),
             values=out.data_ptr(),
             stride=width,
         )

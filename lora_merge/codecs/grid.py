@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lora_merge.codecs.geometry import in_groups
 
@@ -46,6 +46,13 @@ class Codes:
             return None
         seen = [part.view(torch.uint8) for part in parts]
         return cls(seen[0], bits, offset, seen[1] if stored is not None else None)
+
+
+class Packed(NamedTuple):
+    """Codes that are stored: what there is in place of levels."""
+
+    total: torch.Tensor
+    """A sum of all values' errors, float32: not finite where one of the values is not."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -93,6 +93,7 @@ class Coded(ctypes.Structure):
         ("zero", _pointer),
         ("zero_stride", _long),
         ("group", _long),
+        ("is_e4m3", _int),
         ("values", _pointer),
         ("stride", _long),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from lora_merge.codecs.grid import Packed
 from lora_merge.deltas import keeps_effect
 from lora_merge.merging.worker.spans import Spans
 from lora_merge.rounding.adapter import round_adapter
@@ -61,8 +62,8 @@ class Choosing:
 
     def levels(
         self, values: torch.Tensor, grid: Grid, start: int, end: int, changers: Sequence[Changer]
-    ) -> torch.Tensor | None:
-        """Return the levels of a tile; None where their codes are stored (`Grid.codes`).
+    ) -> torch.Tensor | Packed:
+        """Return the levels of a tile, if their codes are not stored yet.
 
         Args:
             values: float32 ``[lines, in]``, after the change.
@@ -72,10 +73,10 @@ class Choosing:
         """
         method = None if self._rounding is None else self._rounding.method
         spans = self._spans_of(start, end, changers) if self._is_accounted or method == "adapter" else []
-        if method in {None, "adapter"} and self._is_packed(
-            values, grid, spans, start, is_fed_back=method == "adapter"
-        ):
-            return None
+        if method in {None, "adapter"}:
+            packed = self._packed(values, grid, spans, start, is_fed_back=method == "adapter")
+            if packed is not None:
+                return packed
         if method == "adapter":
             return self._by_adapter(values, grid, spans, start)
         if self._rounding is not None and method == "stochastic":
@@ -119,18 +120,18 @@ class Choosing:
         self._before = None
         return grid.nearest(values) if levels is None else levels
 
-    def _is_packed(
+    def _packed(
         self, values: torch.Tensor, grid: Grid, spans: Sequence[Span], start: int, *, is_fed_back: bool
-    ) -> bool:
-        """Store the codes of a tile at once, if there is compiled code for it. Return whether it is done."""
+    ) -> Packed | None:
+        """Store the codes of a tile at once, if there is compiled code for it."""
         if len(spans) != 1 or self._along or spans[0].last - spans[0].first != len(values):
-            return False
+            return None
         error = round_to_codes(values, grid, spans[0].schedule, is_fed_back=is_fed_back)
         if error is None:
-            return False
+            return None
         self._add(spans[0], values, *self._place(spans[0], start), error)
         self._before = None
-        return True
+        return Packed(error.sum())
 
     def _account(
         self, values: torch.Tensor, grid: Grid, levels: torch.Tensor, spans: Sequence[Span], start: int

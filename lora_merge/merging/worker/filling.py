@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch  # noqa: TC004 - a field's type, never evaluated
 
     from lora_merge.codecs import Encoder  # noqa: TC004 - a field's type, never evaluated
-    from lora_merge.codecs.grid import Grid
+    from lora_merge.codecs.grid import Grid, Packed
     from lora_merge.core.plan import Merge, Step  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.core.weight import Tile  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.deltas.algebra import Changer  # noqa: TC004 - a field's type, never evaluated
@@ -129,8 +129,8 @@ class Chosen:
     tile: Tile
     changers: Sequence[Changer]
 
-    def __call__(self, values: torch.Tensor, grid: Grid) -> torch.Tensor | None:
-        """Return the levels of the tile's values, float32 ``[lines, in]``; None where they are stored."""
+    def __call__(self, values: torch.Tensor, grid: Grid) -> torch.Tensor | Packed:
+        """Return the levels of the tile's values, float32 ``[lines, in]``, if their codes are not stored yet."""
         self.sample.look(self.frame, self.tile, grid)
         return self.choosing.levels(values, grid, self.tile.start, self.tile.end, self.changers)
 

@@ -10,6 +10,7 @@ from math import isfinite, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_merge.codecs.geometry import lines_of
+from lora_merge.codecs.grid import Packed
 from lora_merge.core.tensor import DTYPE_BITS, STORED_TYPES, TORCH_NAMES
 from lora_merge.core.weight import FLOAT32, WEIGHT, PartRange, Storage, Tile
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from lora_merge.codecs import Codec, Encoder
     from lora_merge.codecs.grid import Grid
 
-    Choose = Callable[[torch.Tensor, Grid], torch.Tensor | None]
-    """Values float32 ``[lines, in]`` and their grid → levels; None where their codes are stored."""
+    Choose = Callable[[torch.Tensor, Grid], torch.Tensor | Packed]
+    """Values float32 ``[lines, in]`` and their grid → levels, if their codes are not stored yet."""
 
 CUDA_DEPTH = 3
 """Tiles of one worker under way at once on a GPU: one is uploaded and one downloaded while one is computed."""
@@ -115,9 +116,12 @@ class Frame:
         """
         import torch
 
-        self._encode(codec, tile, choose, survey, stored)
+        packed = self._encode(codec, tile, choose, survey, stored)
         for part, axes, total in zip(self._floats, self._axes, self._totals, strict=True):
-            torch.sum(part, dim=axes, out=total)
+            if packed is not None and part is self.values:
+                total.copy_(packed.total)
+            else:
+                torch.sum(part, dim=axes, out=total)
 
     def _encode(
         self,
@@ -126,22 +130,24 @@ class Frame:
         choose: Choose | None,
         survey: torch.Tensor | None,
         stored: Mapping[str, torch.Tensor] | None,
-    ) -> None:
+    ) -> Packed | None:
         if choose is None and self._target.is_dense:
             # One call of torch, which rounds to nearest, ties to even.
             rounded = self.rounded[WEIGHT]
             # In float32 the two are one buffer.
             if rounded is not self.values:
                 rounded.copy_(self.values)
-            return
+            return None
         grid = codec.grid(tile, self.values, self.rounded, self._target, survey, stored)
         values = self.values
         if not self._target.is_dense:
             lines = lines_of(tile)
             values = values.view(lines.n, lines.width)
-        levels = grid.nearest(values) if choose is None else choose(values, grid)
-        if levels is not None:
-            grid.keep(levels)
+        found = grid.nearest(values) if choose is None else choose(values, grid)
+        if isinstance(found, Packed):
+            return found
+        grid.keep(found)
+        return None
 
     def wait(self) -> None:
         """Wait until `encoded` is complete and `raw` may be overwritten. On the CPU both are so at once."""
