@@ -181,6 +181,18 @@ def tensor_digest(ref: TensorRef) -> str:
     return digest_text(digest)
 
 
+_NOT_FINITE = {
+    "BF16": 0x7F80,
+    "F16": 0x7C00,
+    "F32": 0x7F80_0000,
+    "F64": 0x7FF0_0000_0000_0000,
+    "F8_E4M3": 0x7F,
+    "F8_E5M2": 0x7C,
+    "F8_E8M0": 0xFF,
+}
+"""Dtype → its bits, as a number without the sign, of the first that is infinite or NaN; all above are so too."""
+
+
 def is_finite(ref: TensorRef, numbers: str = "") -> bool:
     """Return True when no value of a floating-point tensor is NaN or infinite.
 
@@ -191,11 +203,25 @@ def is_finite(ref: TensorRef, numbers: str = "") -> bool:
     Raises:
         CheckpointError: the file ends too soon.
     """
-    import torch
+    import numpy as np
 
-    dtype = getattr(torch, STORED_TYPES[numbers or ref.dtype])
-    # torch has no `isfinite` of one byte.
-    return all(bool(torch.frombuffer(block, dtype=dtype).float().isfinite().all()) for block in blocks(ref))
+    dtype = numbers or ref.dtype
+    width = DTYPE_BITS[dtype]
+    # E8M0 has no sign.
+    magnitude = (1 << width) - 1 if dtype == "F8_E8M0" else (1 << (width - 1)) - 1
+    space = np.empty(_FINITE_BYTES * 8 // width, f"<u{width // 8}")
+    # In parts that stay in the processor's cache. Whole numbers are compared four times as fast as floats.
+    for block in blocks(ref):
+        values = np.frombuffer(block, space.dtype)
+        for start in range(0, len(values), len(space)):
+            part = values[start : start + len(space)]
+            if np.bitwise_and(part, magnitude, out=space[: len(part)]).max() >= _NOT_FINITE[dtype]:
+                return False
+    return True
+
+
+_FINITE_BYTES = 1 << 18
+"""Bytes that are looked at at once."""
 
 
 def is_zero(ref: TensorRef) -> bool:

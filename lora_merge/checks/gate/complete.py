@@ -9,6 +9,7 @@ from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.report import error, note
 from lora_merge.formats.written_checkpoint import weight_map
 from lora_merge.modeling.conversion import Conversion
+from lora_merge.modeling.dense_families import is_whole
 from lora_merge.modeling.plain_config import fetched_part
 from lora_merge.quantised.mlx import is_mlx, named_by_mlx
 from lora_merge.quantised.tables import settings_of
@@ -26,7 +27,15 @@ def complete(output: Output) -> Iterator[Issue]:
     """Yield an issue for each parameter of transformers' model that the stored tensors do not fill.
 
     Models that transformers has no class for are passed over. Where a part of the model would have to be fetched, a
-    note says so. Imports transformers, which takes seconds.
+    note says so. transformers is imported, which takes seconds, unless the tensors are those of a common decoder.
+    """
+    if not _is_plainly_whole(output):
+        yield from _by_transformers(output)
+
+
+def _by_transformers(output: Output) -> Iterator[Issue]:
+    """Yield an issue for each parameter that transformers' model has and the stored tensors do not fill, or why it is not
+    known.
     """
     part = fetched_part(output.config or {})
     if part is not None:
@@ -50,7 +59,7 @@ def complete(output: Output) -> Iterator[Issue]:
         )
         yield note("not-identified", CONFIG_FILE, sentence)
         return
-    lost = sorted({str(file) for file in weight_map(output.index).values()} - output.files.keys())
+    lost = _lost(output)
     if lost or any(name.endswith(".safetensors") for name in output.broken):
         # An error by itself, of which missing parameters would only be the consequence.
         which = listing(lost or sorted(output.broken))
@@ -69,3 +78,16 @@ def complete(output: Output) -> Iterator[Issue]:
         sentence = f"the model has this parameter, but {why}"
         hint = "download the base again, and merge again: engines fill a missing parameter with random numbers, without an error"
         yield error("missing-parameter", parameter, sentence, hint)
+
+
+def _lost(output: Output) -> list[str]:
+    """Return the names of files that the index names and that are not there."""
+    return sorted({str(file) for file in weight_map(output.index).values()} - output.files.keys())
+
+
+def _is_plainly_whole(output: Output) -> bool:
+    """Return True when the stored tensors are all parameters of a common decoder, and nothing is odd about the files."""
+    config = output.config or {}
+    if output.faults or output.broken or _lost(output) or is_mlx(settings_of(config, {})):
+        return False
+    return is_whole(config, {name: weight.shape for name, weight in output.weights().items()})

@@ -15,6 +15,8 @@ from lora_merge.storage.sources import open_source
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
+
     from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRef
     from lora_merge.formats.written_checkpoint import Output
@@ -45,19 +47,19 @@ def _wrong(ref: TensorRef, *, is_shared: bool) -> str:
     if ref.dtype not in TORCH_NAMES and (ref.dtype not in _BYTES or ref.name.endswith(".absmax")):
         return ""
     values = _values(ref)
-    if values is None:
+    if values is None or not values.numel():
         return ""
-    # NaN and infinity, less themselves, are NaN.
-    if not all(value - value == 0 for value in values):
+    if not values.isfinite().all():
         return "holds NaN or infinity, expected finite scales"
-    if is_shared and not min(values, default=1.0) > 0:
-        return f"is {min(values):g}, expected a positive scale for the whole weight"
-    if ref.name.endswith(_POSITIVE) and min(values, default=0.0) < 0:
-        return f"holds {min(values):g}, expected no negative scale"
+    lowest = values.min().item()
+    if is_shared and not lowest > 0:
+        return f"is {lowest:g}, expected a positive scale for the whole weight"
+    if ref.name.endswith(_POSITIVE) and lowest < 0:
+        return f"holds {lowest:g}, expected no negative scale"
     return ""
 
 
-def _values(ref: TensorRef) -> list[float] | None:
+def _values(ref: TensorRef) -> torch.Tensor | None:
     """Return the first values of a tensor; None where its file cannot be read, which another rule says."""
     import torch
 
@@ -69,7 +71,6 @@ def _values(ref: TensorRef) -> list[float] | None:
     except CheckpointError:
         return None
     if not content:
-        return []
+        return torch.empty(0)
     raw = Raw(torch.frombuffer(bytearray(content), dtype=torch.uint8).view(1, -1), ref.dtype)
-    values: list[float] = raw.floats(_BYTES.get(ref.dtype, "")).flatten().unique().tolist()  # type: ignore[no-untyped-call]
-    return values
+    return raw.floats(_BYTES.get(ref.dtype, ""))
