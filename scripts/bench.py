@@ -14,10 +14,10 @@ import os
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from benchmarks import buckets, results, running, stages, stored, tables, together
+from benchmarks import buckets, requantised, results, running, stages, stored, tables, together
 from benchmarks import roundings as roundings_bench
 from benchmarks.cases import ITEM_BYTES, KINDS, TARGETS, Case, cases, listed
 from benchmarks.contenders import GROUPS, contenders
@@ -26,6 +26,11 @@ from benchmarks.measure import CACHES, RunError
 from benchmarks.peers import PEERS, install
 from click.core import ParameterSource
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+Command = TypeVar("Command", bound="Callable[..., Any]")
 
 CACHE_DIR = ROOT / ".bench"
 PAGE = ROOT / "docs" / "performance.md"
@@ -231,10 +236,65 @@ def install_peer(name: str, cache_dir: Path) -> None:
     )
 
 
+def turns(size: float, rounds: int, settle_s: float | None, cache: str = "") -> Callable[[Command], Command]:
+    """Return a decorator with the options of commands whose merges take turns.
+
+    Args:
+        size: default of ``--size``.
+        rounds: default of ``--rounds``.
+        settle_s: default of ``--settle``; None without that option.
+        cache: default of ``--cache``; empty without that option.
+    """
+    options = [
+        click.option(
+            "--size",
+            type=click.FloatRange(min=0, min_open=True),
+            default=size,
+            help=f"GB of the base.  [default: {size:g}]",
+        ),
+        click.option(
+            "--rounds", type=AT_LEAST_ONE, default=rounds, help=f"Turns of each side.  [default: {rounds}]"
+        ),
+        CACHE_DIR_OPTION,
+    ]
+    if cache:
+        options.append(
+            click.option(
+                "--cache",
+                type=click.Choice(list(CACHES)),
+                default=cache,
+                help=f"Inputs in the page cache before each run, or put out of it.  [default: {cache}]",
+            )
+        )
+    if settle_s is not None:
+        options.append(
+            click.option(
+                "--settle",
+                "settle_s",
+                default=settle_s,
+                help=f"Seconds of rest before every run.  [default: {settle_s:g}]",
+            )
+        )
+
+    def decorated(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorated
+
+
+def tell(lines: Iterator[str]) -> None:
+    """Say each line as it comes; a run that fails ends the command with a sentence."""
+    try:
+        for line in lines:
+            say(line)
+    except RunError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
 @main.command()
-@click.option(
-    "--size", type=click.FloatRange(min=0, min_open=True), default=3.0, help="GB of the base.  [default: 3]"
-)
+@turns(3.0, 3, None, "warm")
 @click.option(
     "--targets",
     type=click.Choice(list(TARGETS)),
@@ -242,104 +302,46 @@ def install_peer(name: str, cache_dir: Path) -> None:
     help="Modules of the adapters.  [default: all]",
 )
 @click.option("--adapters", type=AT_LEAST_ONE, default=4, help="How many.  [default: 4]")
-@click.option("--rounds", type=AT_LEAST_ONE, default=3, help="Turns of each side.  [default: 3]")
-@click.option(
-    "--cache", type=click.Choice(list(CACHES)), default="warm",
-    help="Inputs in the page cache before each turn, or put out of it before each command.  [default: warm]",
-)  # fmt: skip
-@CACHE_DIR_OPTION
 def batch(size: float, targets: str, adapters: int, rounds: int, cache: str, cache_dir: Path) -> None:
     """Time separate merges into one base against one batch of them."""
     of_one_base = [Case(size, "bfloat16", targets, 16 + n) for n in range(adapters)]
-    try:
-        for line in together.rounds_of(cache_dir.absolute(), of_one_base, rounds, cache):
-            say(line)
-    except RunError as exc:
-        raise click.ClickException(str(exc)) from exc
+    tell(together.rounds_of(cache_dir.absolute(), of_one_base, rounds, cache))
 
 
 @main.command()
-@click.option(
-    "--size", type=click.FloatRange(min=0, min_open=True), default=3.0, help="GB of each base.  [default: 3]"
-)
-@click.option("--rounds", type=AT_LEAST_ONE, default=5, help="Turns of each merge.  [default: 5]")
-@click.option(
-    "--cache", type=click.Choice(list(CACHES)), default="warm",
-    help="Inputs in the page cache before each merge, or put out of it.  [default: warm]",
-)  # fmt: skip
-@click.option("--settle", "settle_s", default=5.0, help="Seconds of rest before every merge.  [default: 5]")
-@CACHE_DIR_OPTION
+@turns(3.0, 5, 5.0, "warm")
 def storages(size: float, rounds: int, cache: str, settle_s: float, cache_dir: Path) -> None:
     """Time merges into a base in FP8, decoded and carried, against merges into one in BF16."""
-    try:
-        for line in stored.rounds_of(cache_dir.absolute(), size, rounds, cache, settle_s):
-            say(line)
-    except RunError as exc:
-        raise click.ClickException(str(exc)) from exc
+    tell(stored.rounds_of(cache_dir.absolute(), size, rounds, cache, settle_s))
 
 
 @main.command()
-@click.option(
-    "--size",
-    type=click.FloatRange(min=0, min_open=True),
-    default=1.0,
-    help="GB of the base in BF16.  [default: 1]",
-)
-@click.option("--rounds", type=AT_LEAST_ONE, default=5, help="Turns of each merge.  [default: 5]")
-@click.option(
-    "--cache",
-    type=click.Choice(list(CACHES)),
-    default="warm",
-    help="Inputs in the page cache before each merge, or put out of it.  [default: warm]",
-)
-@click.option("--settle", "settle_s", default=2.0, help="Seconds of rest before every merge.  [default: 2]")
-@CACHE_DIR_OPTION
+@turns(1.0, 5, 2.0, "warm")
 def roundings(size: float, rounds: int, cache: str, settle_s: float, cache_dir: Path) -> None:
     """Time merges that round and quantise in several ways, and PEFT's."""
-    try:
-        for line in roundings_bench.rounds_of(cache_dir.absolute(), size, rounds, cache, settle_s):
-            say(line)
-    except RunError as exc:
-        raise click.ClickException(str(exc)) from exc
+    tell(roundings_bench.rounds_of(cache_dir.absolute(), size, rounds, cache, settle_s))
 
 
 @main.command("stages")
-@click.option(
-    "--size",
-    type=click.FloatRange(min=0, min_open=True),
-    default=1.0,
-    help="GB of the base in BF16.  [default: 1]",
-)
-@click.option("--rounds", type=AT_LEAST_ONE, default=3, help="Turns of each merge.  [default: 3]")
-@click.option("--settle", "settle_s", default=2.0, help="Seconds of rest before every merge.  [default: 2]")
-@CACHE_DIR_OPTION
+@turns(1.0, 3, 2.0)
 def stages_of(size: float, rounds: int, settle_s: float, cache_dir: Path) -> None:
     """Show how fast each stage of the merge loop is, by storage of the base, with one worker."""
-    try:
-        for line in stages.rounds_of(cache_dir.absolute(), size, rounds, settle_s):
-            say(line)
-    except RunError as exc:
-        raise click.ClickException(str(exc)) from exc
+    tell(stages.rounds_of(cache_dir.absolute(), size, rounds, settle_s))
+
+
+@main.command("requantised")
+@turns(1.0, 5, 2.0)
+def requantised_merges(size: float, rounds: int, settle_s: float, cache_dir: Path) -> None:
+    """Time merges that keep the storage of a quantised base, and verify, against BF16 bases of as many bytes."""
+    tell(requantised.rounds_of(cache_dir.absolute(), size, rounds, settle_s))
 
 
 @main.command()
-@click.option(
-    "--size",
-    type=click.FloatRange(min=0, min_open=True),
-    default=0.5,
-    help="GB of the base.  [default: 0.5]",
-)
-@click.option("--rounds", type=AT_LEAST_ONE, default=5, help="Turns of each side.  [default: 5]")
-@click.option("--settle", "settle_s", default=2.0, help="Seconds of rest before every command.  [default: 2]")
+@turns(0.5, 5, 2.0)
 @click.option("--merges-only", is_flag=True, help="Without the copies: for memory at larger sizes.")
-@CACHE_DIR_OPTION
 def stores(size: float, rounds: int, settle_s: float, merges_only: bool, cache_dir: Path) -> None:
     """Time merges from a bucket into a bucket against plain copies, on SeaweedFS (make stores-servers)."""
-    try:
-        for line in buckets.rounds_of(cache_dir.absolute(), size, rounds, settle_s, merges_only=merges_only):
-            say(line)
-    except RunError as exc:
-        raise click.ClickException(str(exc)) from exc
+    tell(buckets.rounds_of(cache_dir.absolute(), size, rounds, settle_s, merges_only=merges_only))
 
 
 @main.command()
