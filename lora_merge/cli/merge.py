@@ -10,6 +10,7 @@ from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.next_steps import again
 from lora_merge.cli.options import SETTINGS, console_of, options, request_of
 from lora_merge.cli.reports import page_file
+from lora_merge.runtime.libtorch import load_beside
 
 
 @click.command(cls=Verb, context_settings=SETTINGS)
@@ -37,6 +38,9 @@ def merge(
       lora-merge merge --config merge.yaml -o merged
       lora-merge merge --adapter style:0.7 --adapter facts -o merged
     """
+    # Before the imports that follow, which take as long.
+    if not dry_run:
+        load_beside()
     from lora_merge import api
     from lora_merge.reporting.subject import subject_of
 

@@ -61,10 +61,10 @@ def _says_shortage(exc: BaseException) -> bool:
         case OSError(errno=errno.ENOMEM):
             return True
         case SystemError():
-            return "exception" in str(exc) and _is_limited()
+            return "exception" in str(exc) and is_limited()
         case ImportError() | OSError() | RuntimeError():
             return bool(_ALLOCATORS_SAY.search(str(exc)) or _LOADER_SAYS.search(str(exc)))
-    return _is_limited() and _is_of_import(exc)
+    return is_limited() and _is_of_import(exc)
 
 
 def _is_of_import(exc: BaseException) -> bool:
@@ -77,7 +77,7 @@ def _is_of_import(exc: BaseException) -> bool:
     )
 
 
-def _is_limited() -> bool:
+def is_limited() -> bool:
     """Return True when the memory of this process has a limit (``ulimit -v`` or ``-d``).
 
     Then ``error return without exception set``, from a library in C that could not be set up, means that memory ran out.
@@ -128,7 +128,7 @@ def mind_limits() -> None:
 
     Libraries in C that meet the limit while they are loaded would end the process, or hang, without a message.
     """
-    if _is_limited():
+    if is_limited():
         # OpenBLAS takes memory for each thread when it is loaded.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         sys.meta_path.insert(0, _Room())

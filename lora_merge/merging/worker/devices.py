@@ -8,6 +8,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, TypeVar
 
+from lora_merge.runtime import libtorch
 from lora_merge.runtime.borrowed import Borrowed
 from lora_merge.words import counted
 
@@ -149,6 +150,8 @@ class TorchLoading:
 
     def _load(self) -> None:
         try:
+            # Else the import would wait for it, and keep the interpreter meanwhile.
+            libtorch.wait()
             importlib.import_module("torch")
         except BaseException as exc:  # noqa: BLE001 - for whoever waits; after an interrupt nobody does
             self._failure = exc
