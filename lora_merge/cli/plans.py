@@ -196,14 +196,16 @@ def print_profile(report: Report, start: float | None, until_now: float | None) 
         start: seconds until the program could begin; until_now: since the process began: then the phases add up to it. None
             where the process is another program's.
     """
-    width, n = width_of(sys.stderr), report.summary.n_workers
+    width, workers = width_of(sys.stderr), report.workers
     phases = dict(report.seconds)
     if start is not None and until_now is not None:
         other = until_now - start - sum(phases.values())
         phases = {"start": start, **phases, "other": max(other, 0.0)}
     say_layout(["", "Where the time went:", *_times("phase", phases, _PHASES, width)])
     if report.busy_seconds:
-        title = f"Copying and merging, {counted(n, 'worker')} together:"
+        why = f" ({workers['why']})" if workers else ""
+        n = int(workers.get("n", report.summary.n_workers))
+        title = f"Copying and merging, {counted(n, 'worker')} together{why}:"
         busy = {stage: report.busy_seconds[stage] for stage in _STAGES if stage in report.busy_seconds}
         say_layout(["", title, *_times("stage", busy, _STAGES, width)])
 

@@ -116,7 +116,6 @@ class Summary:
     """How many deltas have each scale."""
 
     kinds: Mapping[str, int]
-    """How many deltas are of each kind."""
 
     module_ranks: Mapping[str, int]
     """The rank of each parameter's change; the sum, where several adapters add theirs."""
@@ -165,7 +164,6 @@ class Report:
     dry_run: bool
     summary: Summary
     issues: tuple[Issue, ...]
-    """Warnings and notes."""
 
     verdict: Verdict = NOT_VERIFIED
     survival: Mapping[str, Survival] = field(default_factory=dict)
@@ -194,6 +192,9 @@ class Report:
 
     pushed: str = ""
     """Where the Hub shows the output, or its open pull request."""
+
+    workers: Mapping[str, int | str] = field(default_factory=dict)
+    """``n``: how many merged; ``most``: there could have been; ``why``. Empty where nothing was merged."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_merge.executors.cuda import run_cuda
+from lora_merge.executors.paced import run_paced
 from lora_merge.executors.processes import run_processes
 from lora_merge.executors.serial import run_serial
 from lora_merge.executors.threads import run_threads
@@ -19,6 +20,7 @@ from lora_merge.executors.work import Executor
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lora_merge.executors.pace import Pace
     from lora_merge.executors.ray.demand import Demand
 
 EXECUTORS: Mapping[str, Executor] = {
@@ -62,13 +64,20 @@ def stay_connected() -> None:
     stay()
 
 
-def pick(n_workers: int, device: str = "cpu", name: str = "auto", demand: Demand | None = None) -> Executor:
+def pick(
+    n_workers: int,
+    device: str = "cpu",
+    name: str = "auto",
+    demand: Demand | None = None,
+    pace: Pace | None = None,
+) -> Executor:
     """Return the executor for a number of workers on a torch device.
 
     Args:
         name: a key of `EXECUTORS`; ``auto``: threads, or no other thread than the caller's for one worker. A GPU has a
             separate executor, whatever the name; but for ``ray``, whose tasks find one on their node.
         demand: what a task of ``ray`` needs.
+        pace: of threads: decides while they run how many do; None for all of them.
     """
     if name == RAY:
         from lora_merge.executors.ray.driving import run_ray
@@ -80,4 +89,6 @@ def pick(n_workers: int, device: str = "cpu", name: str = "auto", demand: Demand
     # Never processes: each loads torch for itself, which takes seconds and some 260 MB.
     if name == "auto":
         name = "serial" if n_workers == 1 else "threads"
+    if name == "threads" and pace is not None:
+        return partial(run_paced, pace=pace)
     return EXECUTORS[name]

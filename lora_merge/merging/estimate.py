@@ -89,6 +89,13 @@ def estimate(plan: MergePlan, n_workers: int, *, is_full: bool = False) -> Estim
     return Estimate(read_bytes, written, (low, high))
 
 
+def occupied_workers(plan: MergePlan) -> int:
+    """Return how many cores the arithmetic of a plan occupies while a fast disk reads and writes its bytes."""
+    ns = sum(_merge_ns(step.op) for step in plan.steps if isinstance(step.op, Merge))
+    moved = sum(ref.nbytes for ref in _inputs(plan).values()) + plan.disk_bytes()
+    return math.ceil(ns * 1e-9 / (moved / _FAST)) if moved else 1
+
+
 def _inputs(plan: MergePlan) -> dict[tuple[str, int, int], TensorRef]:
     """Return every stored tensor that is read, once: parts of weights and factors."""
     refs = [ref for step in plan.steps for ref in step.reads.values()]

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Report, Summary, Verdict, note, warning
+from lora_merge.core.report import (
+    NOT_VERIFIED,
+    Issue,
+    Observer,
+    Report,
+    Summary,
+    Verdict,
+    note,
+    warning,
+)
 from lora_merge.core.tensor import Survival
 from lora_merge.errors import RequestError, WriteError
 from lora_merge.executors import RAY
@@ -67,6 +76,7 @@ class Made:
     pushed: str = ""
     """Where people see the output, if it was pushed."""
 
+    workers: Mapping[str, int | str] = field(default_factory=dict)
     error: Exception | None = None
     """Why this output failed, while others of the same run did not. An error that is not a `LoraMergeError` is a bug.
     """
@@ -141,6 +151,7 @@ class Prepared:
             was_complete=self.is_made,
             store_copied_bytes=done.store_copied_bytes,
             pushed=done.pushed,
+            workers=done.workers,
         )
 
 

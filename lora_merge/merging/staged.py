@@ -143,6 +143,9 @@ class Staged:
         self.inputs: Inputs = prepared.planned.inputs
         """The files that are read: their identities and the digests of what was found in them."""
 
+        self.workers: dict[str, int | str] = {}
+        """How many workers merged; the driver says it."""
+
         self._merge, self._notes = merge, list(notes)
         self._verdict: Verdict = NOT_VERIFIED
         self._records = list(records)
@@ -249,6 +252,7 @@ class Staged:
             clock.busy_seconds,
             copied,
             "" if error else self.place.seen_at,
+            self.workers,
             error,
         )
 
@@ -263,6 +267,7 @@ class Staged:
             words,
             seconds=self.clock.seconds,
             busy_seconds=self.clock.busy_seconds,
+            workers=self.workers,
             store_copied_bytes=self._store_copied(names),
         )
 

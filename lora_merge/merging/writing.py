@@ -14,6 +14,7 @@ from lora_merge import executors
 from lora_merge.core.identity import Inputs
 from lora_merge.core.report import Observer
 from lora_merge.errors import CheckpointError
+from lora_merge.executors.pace import Pace
 from lora_merge.merging import filling
 from lora_merge.merging.budget import Budget
 from lora_merge.merging.file_progress import FileProgress
@@ -190,12 +191,15 @@ class _Driver:
         total = sum(piece.nbytes for piece in pieces)
         self.watch.phase(phase, total)
         n_workers, request = self.budget.n_workers, self.outputs[0].prepared.request
+        pace = Pace(self.budget.n_first or n_workers, n_workers)
         demand = None
         if request.executor == executors.RAY:
             demand = demand_of(
                 request, self.budget, device, lambda text: self.watch.phase(text or phase, total)
             )
-        run = executors.pick(n_workers, device, request.executor, demand)
+        run = executors.pick(
+            n_workers, device, request.executor, demand, pace if self.budget.n_first else None
+        )
         try:
             with contextlib.closing(run(spec, pieces, n_workers)) as results:
                 for done in results:
@@ -204,6 +208,16 @@ class _Driver:
             for output in self.outputs:
                 check_names(output.inputs)  # a file that changes breaks in many ways
             raise
+        if phase == "merging":
+            for output in self.outputs:
+                output.workers = self._workers(pace, len(pieces))
+
+    def _workers(self, pace: Pace, n_pieces: int) -> dict[str, int | str]:
+        """Return how many workers did some pieces, and why (`Report.workers`)."""
+        n, why = pace.n, "as asked for" if self.budget.is_asked else pace.why
+        if n_pieces < n:
+            n, why = n_pieces, "each has one tensor or file"
+        return {"n": n, "most": self.budget.n_workers, "why": why}
 
     def _take(self, done: Done, seen: Watch) -> None:
         """Take in the result of one piece.

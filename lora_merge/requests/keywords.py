@@ -113,7 +113,7 @@ class MergeOptions(PlanOptions, total=False):
     """Device for the arithmetic. Default: auto, the CPU."""
 
     workers: int | None
-    """Largest number of workers. Default: cores, at most 8."""
+    """Largest number of workers. Default: cores, while more get more done."""
 
     executor: Literal["auto", "serial", "threads", "processes", "ray"]
     """How workers run. Processes each load torch, which takes seconds and memory. ray: as tasks on a Ray

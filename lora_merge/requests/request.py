@@ -113,7 +113,7 @@ class Request:
     """Device for the arithmetic. Default: auto, the CPU."""
 
     workers: int | None = None
-    """Largest number of workers. Default: cores, at most 8."""
+    """Largest number of workers. Default: cores, while more get more done."""
 
     executor: str = "auto"
     """How workers run. Processes each load torch, which takes seconds and memory. ray: as tasks on a Ray

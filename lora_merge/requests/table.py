@@ -575,7 +575,13 @@ _WRITING: tuple[Option, ...] = (
         default="auto",
         recorded="always",
     ),
-    Option("workers", ("merge",), kinds.WORKERS, "Largest number of workers.", "default: cores, at most 8"),
+    Option(
+        "workers",
+        ("merge",),
+        kinds.WORKERS,
+        "Largest number of workers.",
+        "default: cores, while more get more done",
+    ),
     Option(
         "executor",
         ("merge",),

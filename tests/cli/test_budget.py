@@ -51,7 +51,7 @@ def test_a_limit_that_is_no_size_is_usage(cli):
 def test_a_profile_says_where_each_second_went(arguments, cli, tmp_path):
     result = cli(*arguments, "--out", tmp_path / "out", "--profile", "--workers", "2")
     assert result.exit_code == 0
-    phases, stages = result.stderr.split("Copying and merging, 2 workers together:")
+    phases, stages = result.stderr.split("Copying and merging, 2 workers together (as asked for):")
     for word in ("plan", "copy", "load", "merge", "seal", "verify", "flush", "publish"):
         assert re.search(rf"^  {word} +\d+\.\d\d  \S", phases, re.MULTILINE), word
     for stage in ("read", "decode", "change", "encode", "digest", "write"):

@@ -508,6 +508,7 @@ def test_json_tells_what_became_of_every_delta(two, cli, tmp_path):
     assert report.keys() == {
         "ok", "base", "adapters", "out", "dry_run", "summary", "issues", "verdict", "survival", "seconds",
         "busy_seconds", "foreseen", "headline", "part", "was_complete", "store_copied_bytes", "pushed",
+        "workers",
     }  # fmt: skip
     assert report["headline"] == "Llama 68k, fp16 + 0.5 × LoRA r4 + -2 × LoRA r2 on 6 modules → dense fp16"
     assert report["foreseen"] == {}

@@ -25,15 +25,23 @@ from lora_merge.errors import (
     WriteError,
 )
 from lora_merge.executors import EXECUTORS, pick
+from lora_merge.executors.pace import Pace
+from lora_merge.executors.paced import run_paced
 from lora_merge.executors.threads import run_threads
 from tests.crossing import diagonal
+
+
+def paced(spec, pieces, n_workers):
+    """Run threads of which one begins and the others are tried."""
+    return run_paced(spec, pieces, n_workers, Pace(1, n_workers))
+
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 each = pytest.mark.parametrize(
     "executor",
     [
         pytest.param(run, id=name, marks=needs_cuda if name == "cuda" else ())
-        for name, run in EXECUTORS.items()
+        for name, run in {**EXECUTORS, "paced": paced}.items()
     ],
 )
 PAUSE_SECONDS = 0.02

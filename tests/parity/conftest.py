@@ -47,9 +47,9 @@ def everything_travels(request: pytest.FixtureRequest) -> Iterator[None]:
     real = executors.pick
 
     def pick(
-        n_workers: int, device: str = "cpu", name: str = "auto", demand: Any = None
+        n_workers: int, device: str = "cpu", name: str = "auto", demand: Any = None, pace: Any = None
     ) -> executors.Executor:
-        run = real(n_workers, device, name, demand)
+        run = real(n_workers, device, name, demand, pace)
 
         def travelled(spec: Any, pieces: Any, n: int) -> Any:
             if name != "auto" or not isinstance(spec, CopySpec | MergeSpec):

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lora_merge.core.adapter import Delta
 from lora_merge.core.checkpoint import ConfigPatch
-from lora_merge.core.plan import Copy, MergePlan
+from lora_merge.core.plan import Combination, Copy, MergePlan
 from lora_merge.core.tensor import TensorRef
 from lora_merge.core.view import TILE_ELEMENTS, View
 from lora_merge.deltas import LowRankFacts
-from lora_merge.merging.budget import CUDA_TILE_ELEMENTS, MOST_WORKERS, Budget, allot, peak_together
+from lora_merge.merging.budget import (
+    CUDA_TILE_ELEMENTS,
+    FIRST_WORKERS,
+    MOST_WORKERS,
+    Budget,
+    allot,
+    peak_together,
+)
+from lora_merge.merging.estimate import occupied_workers
 from lora_merge.merging.peak import RUNTIME_BYTES, peak_bytes
 from tests.steps import dense_merge, step_at
 
@@ -39,9 +49,38 @@ def test_with_memory_for_all_there_is_a_worker_for_every_core_and_tiles_of_the_b
     assert allot(PLAN, None, 4, 1 << 40) == budget
 
 
-def test_nobody_asks_for_more_than_eight_workers_but_the_user():
-    assert allot(PLAN, None, 64, None).n_workers == MOST_WORKERS
-    assert allot(PLAN, 20, 2, None).n_workers == 20
+def test_threads_on_a_cpu_may_have_every_core_and_begin_with_a_few():
+    found = allot(PLAN, None, 64, None)
+    assert (found.n_workers, found.n_first) == (64, max(FIRST_WORKERS, occupied_workers(PLAN)))
+    # What is asked for, and what is not measured, begins with all of them.
+    assert allot(PLAN, 20, 2, None) == Budget(20, TILE_ELEMENTS, peak_bytes(PLAN, 20), 0, is_asked=True)
+    for options in ({"in_processes": True}, {"on_gpu": True}, {"whole_files": [1] * 50}):
+        others = allot(PLAN, None, 64, None, **options)
+        assert (others.n_workers, others.n_first) == (MOST_WORKERS, 0)
+    assert allot(PLAN, None, FIRST_WORKERS, None).n_first == 0
+
+
+def test_arithmetic_that_occupies_more_cores_than_that_has_them_from_the_start():
+    heavy = plan_of(
+        *(
+            replace(step, op=replace(step.op, combination=Combination("ties", 0.5, 0, 1, step.name)))
+            for step in PLAN.steps
+        )
+    )
+    assert FIRST_WORKERS < 2 * occupied_workers(PLAN) < occupied_workers(heavy)
+    found = allot(heavy, None, 1000, None)
+    assert (found.n_workers, found.n_first) == (1000, occupied_workers(heavy))
+    assert allot(heavy, None, 6, None).n_first == 0
+
+
+def test_tiles_do_not_shrink_for_more_workers_than_eight():
+    eight = allot(PLAN, None, MOST_WORKERS, None)
+    found = allot(plan_of(*[step_of(4096, 4096)] * 64), None, 64, eight.peak_bytes * 2)
+    assert found.n_workers > MOST_WORKERS
+    assert found.tile_elements == TILE_ELEMENTS
+    assert found.peak_bytes <= eight.peak_bytes * 2
+    less = allot(plan_of(*[step_of(4096, 4096)] * 64), None, 64, RUNTIME_BYTES + (40 << 20))
+    assert less.n_workers <= MOST_WORKERS
 
 
 def test_a_gpu_has_larger_tiles():
