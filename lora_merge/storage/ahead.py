@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from lora_merge.storage.sources import is_local, open_source
 
@@ -20,6 +20,35 @@ _AHEAD_ITEMS = 256
 """Pieces of work that are looked at in advance."""
 
 Item = TypeVar("Item")
+
+
+class _LastOpened:
+    """Keeps a file open until another one is asked for: pieces of work come file by file, and there may be hundreds of
+    files. A context.
+    """
+
+    def __init__(self) -> None:
+        self._file = ""
+        self._stack = contextlib.ExitStack()
+        self._source: Source | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def source(self, file: str) -> Source:
+        """Return a file, open until the next call with another one.
+
+        Raises:
+            CheckpointError: it cannot be opened.
+        """
+        if self._source is None or file != self._file:
+            self._stack.close()
+            self._source = None
+            self._source, self._file = self._stack.enter_context(open_source(file)), file
+        return self._source
 
 
 def read_ahead(
@@ -38,15 +67,12 @@ def read_ahead(
     """
     asked: deque[tuple[Item, int]] = deque()
     total = 0
-    with contextlib.ExitStack() as stack:
-        sources: dict[str, Source] = {}
+    with _LastOpened() as opened:
         for item in items:
             nbytes = 0
             for file, start, size in ranges(item):
                 if is_local(file):
-                    if file not in sources:
-                        sources[file] = stack.enter_context(open_source(file))
-                    sources[file].ahead(start, size)
+                    opened.source(file).ahead(start, size)
                     nbytes += size
             asked.append((item, nbytes))
             total += nbytes

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from lora_merge.errors import CheckpointError
@@ -46,6 +49,20 @@ def test_pieces_without_ranges_are_not_kept_back_for_ever(asked, monkeypatch):
     assert next(read_ahead(items(), lambda n: ())) == 0
     assert taken == [0, 1, 2, 3]
     assert asked == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_of_many_files_one_is_open_at_a_time(tmp_path):
+    files = [tmp_path / f"file-{n}" for n in range(20)]
+    for file in files:
+        file.write_bytes(bytes(100))
+
+    def n_open():
+        return sum(Path(link).resolve() in files for link in Path("/proc/self/fd").iterdir())
+
+    found = [n_open() for _ in read_ahead(files, lambda file: [(str(file), 0, 50), (str(file), 50, 50)])]
+    assert max(found) == 1
+    assert n_open() == 0
 
 
 def test_ranges_of_a_store_are_left_out(asked):
