@@ -12,7 +12,7 @@ not what is wrong.
 
 from __future__ import annotations
 
-from math import isfinite, sqrt
+from math import isfinite, nan, sqrt
 from typing import TYPE_CHECKING
 
 from lora_merge.checks.expecting import Expected, Weights, expect, manner_of
@@ -123,15 +123,23 @@ class Projection:
         Raises:
             CheckpointError: a factor cannot be read.
         """
-        # Products that are nearly all zero say nothing in float32.
-        if not self.manner or not self._tiles or float(_norms(self._after).median()) < _SMALLEST:
+        if not self.manner or not self._tiles:
             return None
-        return _ranges(self._rows_off(expect(self._op, Weights(self.pattern, self._x))))
+        size = float(_norms(self._after).median())
+        # Products that are nearly all zero say nothing in float32.
+        if size < _SMALLEST:
+            return None
+        return _ranges(self._rows_off(expect(self._op, Weights(self.pattern, self._x)), size))
 
-    def _rows_off(self, expected: Expected) -> torch.Tensor:
-        """Return a mask of the suspect rows."""
+    def _rows_off(self, expected: Expected, size: float) -> torch.Tensor:
+        """Return a mask of the suspect rows.
+
+        Args:
+            expected: what must become of the products.
+            size: the median norm of a row's products as it is written.
+        """
         changes = _norms(expected.change)
-        limit = self._limit(expected, changes)
+        limit = self._limit(expected, changes, size)
         if self.manner == "sums":
             moved = self._after - self._before
             same = _norms(moved) == 0
@@ -154,12 +162,12 @@ class Projection:
             return off | (own & ~((self._lengths - lengths).abs() <= _LENGTH_OFF * lengths))
         return off
 
-    def _limit(self, expected: Expected, changes: torch.Tensor) -> torch.Tensor:
+    def _limit(self, expected: Expected, changes: torch.Tensor, size: float) -> torch.Tensor:
         """Return the largest difference of a row's products that rounding explains: the root of the sum of their
         squares.
         """
         k, taken = self.pattern.groups, self.pattern.taken
-        squares, changes = self._squares(), changes.square()
+        squares, changes = self._squares(size), changes.square()
         rounding = squares.clone()
         if (
             self.pattern.halved
@@ -176,7 +184,7 @@ class Projection:
         # Six standard deviations of what random weights make of a change of this size.
         return noise.sqrt_() + 6 * _WEIGHT * expected.spread
 
-    def _squares(self) -> torch.Tensor:
+    def _squares(self, size: float) -> torch.Tensor:
         """Return ‖w‖² of each row as it is written, over the columns that are multiplied; measured in one group of
         columns.
         """
@@ -185,7 +193,7 @@ class Projection:
             return squares * (self.pattern.groups * self.pattern.taken / self.pattern.columns)
         if self.pattern.groups == 1:
             return squares
-        ratio = float(_norms(self._after).median().square() / squares.median())
+        ratio = size**2 / (float(squares.median()) or nan)
         return squares * (
             min(max(ratio, self.pattern.groups / 16), self.pattern.groups * 16.0) if isfinite(ratio) else 1
         )

@@ -6,7 +6,7 @@ It is given bytes, as they were read and as they are written, and nothing that t
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from lora_merge.checks.projection import Projection
@@ -29,6 +29,13 @@ _VIEWS: WeakKeyDictionary[Frame, dict[tuple[str, Pattern], TileViews]] = WeakKey
 """Views of each frame's buffers. They are the same for every tile of a shape, so they are made once."""
 
 
+class _Seen(NamedTuple):
+    """A frame, and the views of one of its buffers."""
+
+    frame: Frame
+    views: TileViews
+
+
 class Passing:
     """Looks at every tile of one weight. Only plain tensors are projected: what a codec makes of a value depends on others.
 
@@ -47,6 +54,8 @@ class Passing:
         # By the tensor's name: the same tiles in every run, and not the same ones in every tensor.
         self._drawn = zlib.crc32(slot.name.encode()) % min(BLOCK_EVERY, max(len(tiles), 1))
         self._blocks: dict[str, list[tuple[int, int, str]]] = {role: [] for role in writes}
+        # Nearly all tiles of a tensor have one shape, and so one frame.
+        self._last: dict[str, _Seen] = {}
 
     def before(self, n: int, frame: Frame) -> None:
         """Project a tile as it was read."""
@@ -70,6 +79,12 @@ class Passing:
             at += nbytes
 
     def _views(self, projection: Projection, n: int, frame: Frame, use: str) -> TileViews:
+        last = self._last.get(use)
+        if last is None or last.frame is not frame:
+            last = self._last[use] = _Seen(frame, self._found(projection, n, frame, use))
+        return last.views
+
+    def _found(self, projection: Projection, n: int, frame: Frame, use: str) -> TileViews:
         found = _VIEWS.setdefault(frame, {})
         key = use, projection.pattern
         if key not in found:
