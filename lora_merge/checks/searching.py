@@ -19,6 +19,9 @@ _BITS = 16
 """Of a bucket: 1 of the sign, 11 of the exponent, 4 of the mantissa."""
 
 _SHIFT = 64 - _BITS
+_LARGEST = 1 << 20
+"""Of the entries that are 1 apart: their sums with a half are exact."""
+
 _MOST = 6
 """Entries in one bucket from which on a binary search is quicker."""
 
@@ -35,11 +38,37 @@ def places(table: torch.Tensor, numbers: torch.Tensor, *, right: bool = False) -
     """
     import torch
 
+    steps = _unit_steps(table.numpy().tobytes())
+    if steps is not None:
+        return _by_floor(steps, len(table), numbers, is_right=right)
     if len(table) >= _FEW:
         first, most = _buckets(table.numpy().tobytes(), is_right=right)
         if most <= _MOST:
             return _by_bits(table, numbers.contiguous(), first, most, is_right=right)
     return torch.searchsorted(table, numbers.contiguous(), right=right)
+
+
+@lru_cache(maxsize=32)
+def _unit_steps(content: bytes) -> float | None:
+    """Return the first entry of a table whose entries are 1 apart, all of them whole or all of them halves; else None."""
+    import torch
+
+    table = torch.frombuffer(bytearray(content), dtype=torch.float64) if content else torch.empty(0)
+    first = float(table[0]) if len(table) else 0.0
+    if not len(table) or abs(first) > _LARGEST or not (2 * first).is_integer():
+        return None
+    return first if torch.equal(table, first + torch.arange(len(table), dtype=torch.float64)) else None
+
+
+def _by_floor(first: float, n: int, numbers: torch.Tensor, *, is_right: bool) -> torch.Tensor:
+    """Return the places in a table of ``n`` entries from ``first`` on that are 1 apart."""
+    below = numbers.floor()
+    # Floor plus a half is exact, where a difference of number and half need not be.
+    entry = below if first.is_integer() else below + 0.5
+    is_past = entry <= numbers if is_right else entry < numbers
+    start = first if first.is_integer() else first - 0.5
+    found = below.sub_(start).add_(is_past).nan_to_num_(nan=n)
+    return found.clamp_(0, n).long()
 
 
 def _by_bits(

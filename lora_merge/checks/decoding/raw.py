@@ -68,6 +68,11 @@ class Raw:
         import torch
 
         rows, n_bytes = self.content.shape
+        if 8 % bits == 0:
+            # None crosses the border of two bytes, so each is cut out of its own.
+            shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+            whole = (self.content[:, :, None] >> shifts).bitwise_and_((1 << bits) - 1)
+            return whole.view(rows, -1).long()
         single = (self.content[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
         count = 8 * n_bytes // bits
         single = single.view(rows, -1)[:, : count * bits].view(rows, count, bits)
