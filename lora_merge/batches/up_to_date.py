@@ -24,9 +24,10 @@ from lora_merge.formats.repo_files import CONVERSION_MANIFEST
 from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE
 from lora_merge.formats.stored_versions import versions_of
+from lora_merge.merging.device_choice import chosen
 from lora_merge.merging.made_already import other_merge, side_digests
 from lora_merge.merging.made_from import provenance_of
-from lora_merge.merging.worker import MergeSpec, NoDeviceError, pick_device
+from lora_merge.merging.worker import MergeSpec, NoDeviceError
 from lora_merge.runtime import machine
 from lora_merge.storage.digests import file_digest, text_digest
 from lora_merge.storage.objects.urls import path_here
@@ -241,7 +242,7 @@ class _Looked:
         if not merges:
             return
         try:
-            device, _ = pick_device(self._planned.request.device)
+            device = chosen(self._planned.request, self._plan).device
         except NoDeviceError as exc:
             yield f"the base may have changed, which cannot be checked: {exc}"
             return

@@ -137,10 +137,20 @@ def _plan_rows(report: Report, named: Mapping[str, str], width: int | None) -> l
         ("files", files),
         ("", " "),
         ("time", _time(summary)),
+        *(
+            [("device", f"{report.workers['device']}: {report.workers['device_why']}")]
+            if _is_telling(report)
+            else []
+        ),
         ("bytes", f"{size_text(summary.read_bytes)} read, {size_text(summary.disk_needed_bytes)} written"),
         ("peak memory", f"about {size_text(summary.peak_bytes)}"),
         *([("disk", Mark(free, YELLOW) if is_short else free)] if is_known else []),
     ]
+
+
+def _is_telling(report: Report) -> bool:
+    """Return True where the device is worth a line: a GPU, or a CPU that was weighed against one."""
+    return report.workers.get("device") != "cpu" or "torch finds" in str(report.workers["device_why"])
 
 
 def _kinds(summary: Summary) -> str:
@@ -203,7 +213,7 @@ def print_profile(report: Report, start: float | None, until_now: float | None) 
         phases = {"start": start, **phases, "other": max(other, 0.0)}
     say_layout(["", "Where the time went:", *_times("phase", phases, _PHASES, width)])
     if report.busy_seconds:
-        why = f" ({workers['why']})" if workers else ""
+        why = f" ({workers['why']})" if "why" in workers else ""
         n = int(workers.get("n", report.summary.n_workers))
         title = f"Copying and merging, {counted(n, 'worker')} together{why}:"
         busy = {stage: report.busy_seconds[stage] for stage in _STAGES if stage in report.busy_seconds}

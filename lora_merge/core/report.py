@@ -194,7 +194,7 @@ class Report:
     """Where the Hub shows the output, or its open pull request."""
 
     workers: Mapping[str, int | str] = field(default_factory=dict)
-    """``n``: how many merged; ``most``: there could have been; ``why``. Empty where nothing was merged."""
+    """``n`` that merged, ``most`` that could have, and ``why``; ``device`` and ``device_why``. No ``n`` where nothing was merged."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,9 +91,33 @@ def estimate(plan: MergePlan, n_workers: int, *, is_full: bool = False) -> Estim
 
 def occupied_workers(plan: MergePlan) -> int:
     """Return how many cores the arithmetic of a plan occupies while a fast disk reads and writes its bytes."""
-    ns = sum(_merge_ns(step.op) for step in plan.steps if isinstance(step.op, Merge))
-    moved = sum(ref.nbytes for ref in _inputs(plan).values()) + plan.disk_bytes()
-    return math.ceil(ns * 1e-9 / (moved / _FAST)) if moved else 1
+    moved = moved_bytes(plan)
+    return math.ceil(sum(arithmetic_ns(plan).values()) * 1e-9 / (moved / _FAST)) if moved else 1
+
+
+def moved_bytes(plan: MergePlan) -> int:
+    """Return the bytes that are read, each tensor once, and written."""
+    return sum(ref.nbytes for ref in _inputs(plan).values()) + plan.disk_bytes()
+
+
+def arithmetic_ns(plan: MergePlan) -> dict[str, float]:
+    """Return the nanoseconds of one core that merging takes, by what takes most of them: a combination (``"ties"``), a
+    rounding (``"adapter"``), a codec that encodes; or an empty text, where it is mostly reading and writing.
+    """
+    found: dict[str, float] = {}
+    for step in plan.steps:
+        if isinstance(op := step.op, Merge):
+            kind = _kind(op)
+            found[kind] = found.get(kind, 0.0) + _merge_ns(op)
+    return found
+
+
+def _kind(op: Merge) -> str:
+    if op.combination is not None:
+        return op.combination.method
+    if op.rounding is not None:
+        return op.rounding.method
+    return "" if op.target.is_dense else op.target.codec
 
 
 def _inputs(plan: MergePlan) -> dict[tuple[str, int, int], TensorRef]:

@@ -21,6 +21,7 @@ from lora_merge.errors import RequestError, WriteError
 from lora_merge.executors import RAY
 from lora_merge.merging.budget import Budget, allot
 from lora_merge.merging.by_file import file_pieces, under_way_bytes
+from lora_merge.merging.device_choice import asked_or_chosen
 from lora_merge.merging.estimate import estimate
 from lora_merge.merging.headline import forewarn, merge_headline
 from lora_merge.merging.made_already import is_made_already
@@ -110,6 +111,8 @@ class Prepared:
     is_made: bool = False
     """True where the output is complete, and made from the same: nothing is left to do."""
 
+    device_why: str = "it was asked for"
+
     @property
     def out(self) -> str:
         """The absolute path or URL of the output."""
@@ -151,7 +154,12 @@ class Prepared:
             was_complete=self.is_made,
             store_copied_bytes=done.store_copied_bytes,
             pushed=done.pushed,
-            workers=done.workers,
+            workers={
+                "most": self.budget.n_workers,
+                **done.workers,
+                "device": self.device,
+                "device_why": self.device_why,
+            },
         )
 
 
@@ -169,7 +177,7 @@ def prepare(
     part = _part(request)
     out, storage = place_of(request, dry_run=dry_run)
     # Before anything is fetched or read: who meant a GPU may not want to wait.
-    device, *issues = _device(request, watch, dry_run=dry_run)
+    asked, *issues = _device(request, watch, dry_run=dry_run)
     # A cluster that does not answer is said before anything is fetched. A dry run needs none.
     cpus = connected_cpus(request) if request.executor == RAY and not dry_run else None
     with clock("plan"), translate_out_of_memory("planning"):
@@ -188,12 +196,11 @@ def prepare(
         check_push(request, planned)
         if not (dry_run or is_made or storage.takes_files):
             storage.check_writable(wish)
-        _check_executor(request, device, out)
+        choice = asked_or_chosen(request, plan, asked, issues)
+        _check_executor(request, choice.device, out)
         _check_links(request, plan, storage)
-        budget, wish = _allotted(request, plan, wish, storage, device, cpus)
-        summary = plan.summary(budget.n_workers, budget.peak_bytes, storage.free_bytes(out))
-        expected = estimate(plan, budget.n_workers, is_full=request.verify == "full")
-        summary = replace(summary, read_bytes=expected.read_bytes, seconds=expected.seconds)
+        budget, wish = _allotted(request, plan, wish, storage, choice.device, cpus)
+        summary = _summary(request, plan, budget, storage.free_bytes(out))
         shortage = _shortage(out, summary)
     # A dry run reports a full disk as an issue, and shows the rest of the plan too.
     if shortage and not dry_run and not is_made:
@@ -202,7 +209,7 @@ def prepare(
         planned,
         storage,
         wish,
-        device,
+        choice.device,
         budget,
         summary,
         (*useless, *issues, *([note("complete", out, COMPLETE)] if is_made else [])),
@@ -211,7 +218,15 @@ def prepare(
         part,
         _copies(request, storage, wish),
         is_made,
+        choice.why,
     )
+
+
+def _summary(request: Request, plan: MergePlan, budget: Budget, free_bytes: int) -> Summary:
+    """Return the plan in numbers, with the estimate of its time."""
+    summary = plan.summary(budget.n_workers, budget.peak_bytes, free_bytes)
+    expected = estimate(plan, budget.n_workers, is_full=request.verify == "full")
+    return replace(summary, read_bytes=expected.read_bytes, seconds=expected.seconds)
 
 
 def _copies(request: Request, storage: Storage, wish: Wish) -> bool:

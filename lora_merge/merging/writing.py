@@ -217,7 +217,7 @@ class _Driver:
         n, why = pace.n, "as asked for" if self.budget.is_asked else pace.why
         if n_pieces < n:
             n, why = n_pieces, "each has one tensor or file"
-        return {"n": n, "most": self.budget.n_workers, "why": why}
+        return {"n": n, "why": why}
 
     def _take(self, done: Done, seen: Watch) -> None:
         """Take in the result of one piece.

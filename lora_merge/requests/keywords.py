@@ -110,7 +110,7 @@ class MergeOptions(PlanOptions, total=False):
     """Treat warnings as errors."""
 
     device: str
-    """Device for the arithmetic. Default: auto, the CPU."""
+    """Device for the arithmetic. Default: auto, the CPU or a GPU where it pays."""
 
     workers: int | None
     """Largest number of workers. Default: cores, while more get more done."""

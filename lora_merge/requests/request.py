@@ -110,7 +110,7 @@ class Request:
     """Treat warnings as errors."""
 
     device: str = "auto"
-    """Device for the arithmetic. Default: auto, the CPU."""
+    """Device for the arithmetic. Default: auto, the CPU or a GPU where it pays."""
 
     workers: int | None = None
     """Largest number of workers. Default: cores, while more get more done."""

@@ -571,7 +571,7 @@ _WRITING: tuple[Option, ...] = (
         ("merge",),
         kinds.DEVICE,
         "Device for the arithmetic.",
-        "default: auto, the CPU",
+        "default: auto, the CPU or a GPU where it pays",
         default="auto",
         recorded="always",
     ),

@@ -79,7 +79,13 @@ def test_workers_that_are_not_tried_never_run(many_cores, monkeypatch, cli, pico
     base = pico()
     report = merged(cli, base, pico_adapter(base, target_modules="all-linear"), tmp_path / "out")
     assert served <= set(range(4))
-    assert report["workers"] == {"n": 4, "most": 12, "why": "the merge ended before more were tried"}
+    assert report["workers"] == {
+        "n": 4,
+        "most": 12,
+        "device": "cpu",
+        "device_why": report["workers"]["device_why"],
+        "why": "the merge ended before more were tried",
+    }
 
 
 def test_the_profile_says_how_many_and_why(many_cores, cli, pico, pico_adapter, tmp_path):

@@ -32,16 +32,14 @@ class NoDeviceError(Exception):
 
 
 def pick_device(wanted: str) -> tuple[str, str]:
-    """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; and a reason where it is not the device
-    asked for.
+    """Return the torch device for ``cpu``, ``cuda`` or ``cuda:N``; and a reason where it is not the device asked for.
 
-    ``auto`` is the CPU: a merge is bound by reading and writing, and the CPU's bits are PEFT's. Where torch sees no
-    CUDA device at all, a merge for one is done on the CPU, with the same values up to rounding.
+    ``auto`` is the CPU until there is a plan (`merging.device_choice`). Where torch sees no CUDA device at all, a merge for
+    one is done on the CPU, with the same values up to rounding.
 
     Raises:
         NoDeviceError: there are CUDA devices, but not this one.
     """
-    # Merging a LoRA into 3 GB took 1.1 s with 4 workers on the CPU, and 2.0 s with a GPU (docs/performance.md).
     if wanted in {"auto", "cpu"}:
         return "cpu", ""
     import torch
