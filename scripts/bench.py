@@ -20,6 +20,7 @@ import click
 from benchmarks import buckets, requantised, results, running, stages, stored, tables, together
 from benchmarks import roundings as roundings_bench
 from benchmarks.cases import ITEM_BYTES, KINDS, TARGETS, Case, cases, listed
+from benchmarks.commands import MORE
 from benchmarks.contenders import GROUPS, contenders
 from benchmarks.machine import ROOT, machine, machine_line
 from benchmarks.measure import CACHES, RunError
@@ -385,6 +386,9 @@ def plot(files: tuple[Path, ...], out: Path) -> None:
     except ValueError as exc:
         raise click.ClickException(str(exc)) from exc
 
+
+for more, command in MORE.items():
+    main.add_command(CACHE_DIR_OPTION(command), more)
 
 if __name__ == "__main__":
     main()
