@@ -36,6 +36,22 @@ class Changer(Protocol):
     def looks(self) -> Sequence[Look]:
         """Return through what the change sees a layer's input; nothing where `Facts.sees_by_factor` is False."""
 
+    def product(self, start: int, end: int) -> Product | None:
+        """Return the change of rows ``start`` to ``end``, if all it does is to add a product; else None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """``scale · left @ right``: rounded to float32, scaled, rounded again, and added to float32 values.
+
+    Shapes:
+        left: float32 ``[rows, r]``; right: float32 ``[r, columns]``.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+
 
 @dataclass(frozen=True, slots=True)
 class Look:
@@ -80,6 +96,11 @@ class Unsurveyed:
     def looks(self) -> Sequence[Look]:
         """Return nothing: the change does not depend on A x alone."""
         return ()
+
+    def product(self, start: int, end: int) -> Product | None:
+        """Return nothing: there is more to it than a product, or less."""
+        del start, end
+        return None
 
 
 def keeps_effect(delta: PlacedDelta) -> bool:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.facts import Division, Facts, Reach
-    from lora_merge.deltas.algebra import Look, Panels
+    from lora_merge.deltas.algebra import Look, Panels, Product
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,11 @@ class Dora:
             self._sum.apply_columns(panel, start, end)
             norms.append(torch.linalg.norm(panel.T, dim=1))
         self._factor = self._magnitude / torch.cat(norms)
+
+    def product(self, start: int, end: int) -> Product | None:
+        """Return nothing: rows are scaled after the sum."""
+        del start, end
+        return None
 
     def looks(self) -> Sequence[Look]:
         """Return A for all outputs. The lengths change what they see of other inputs, too."""

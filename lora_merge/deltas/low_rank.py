@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from lora_merge.core.tensor import TORCH_NAMES
-from lora_merge.deltas.algebra import Look, Unsurveyed
+from lora_merge.deltas.algebra import Look, Product, Unsurveyed
 from lora_merge.deltas.factors import FactorFacts
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class LowRank(Unsurveyed):
         plain = not self._rounded_to and self._divisor is None
         small = len(self._a) <= _FUSED_RANK and min(len(self._b), self._a.shape[1]) >= _FUSED_SIDE
         self._fused = exact and plain and small
+        self._is_product = plain and small and not self._transposed
         if self._fused:
             self._b = self._b * delta.scale
         self._buffer: torch.Tensor | None = None
@@ -120,6 +121,12 @@ class LowRank(Unsurveyed):
             self._add(weight, self._b[start:end], self._a)
         else:
             self._add(weight, self._b, self._a[:, start:end])
+
+    def product(self, start: int, end: int) -> Product | None:
+        """Return the rows' product, unless it is rounded or divided on the way."""
+        if not self._is_product:
+            return None
+        return Product(self._b[start:end], self._a, 1.0 if self._fused else self._scale)
 
     def looks(self) -> Sequence[Look]:
         """Return A for all outputs."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_merge.core.view import Block
-    from lora_merge.deltas.algebra import Algebra, Panels
+    from lora_merge.deltas.algebra import Algebra, Panels, Product
 
 
 class Part:
@@ -38,6 +38,11 @@ class Part:
             left, right = max(start, first), min(end, last)
             if left < right:
                 yield left - first, right - first, panel[:, left - start : right - start]
+
+    def product(self, start: int, end: int) -> Product | None:
+        """Return nothing: other rows and columns stay as they are."""
+        del start, end
+        return None
 
     def looks(self) -> Sequence[Look]:
         """Return what the algebra sees, with outputs and inputs as the whole tensor counts them."""

@@ -88,6 +88,19 @@ struct coded {
     int64_t stride;
 };
 
+/* Rows of bfloat16, to which scale · left · right is added. */
+struct product {
+    int64_t n_rows, n_columns;
+    const uint16_t *base;
+    uint16_t *out;
+    const float *left;   /* [n_rows, rank] */
+    int64_t left_stride; /* between rows */
+    const float *right;  /* [rank, n_columns] */
+    int64_t right_stride;
+    int32_t rank;
+    float scale;
+};
+
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
 
@@ -103,6 +116,7 @@ struct coded {
 #define N(name) PASTE(name, _512)
 #include "rounding.inc"
 #include "decoding.inc"
+#include "adding.inc"
 #undef N
 #undef LANES
 #if defined(__clang__)
@@ -117,6 +131,7 @@ struct coded {
 #define N(name) PASTE(name, _256)
 #include "rounding.inc"
 #include "decoding.inc"
+#include "adding.inc"
 #undef N
 #undef LANES
 #if defined(__clang__)
@@ -138,6 +153,8 @@ int lines_lanes(void) {
 /* Returns 0, or the number of an error. */
 int lines_round(const struct job *job, int lanes) { return lanes == 16 ? round_512(job) : round_256(job); }
 
+int lines_add(const struct product *of, int lanes) { return lanes == 16 ? add_512(of) : add_256(of); }
+
 void lines_decode(const struct coded *of, int lanes) {
     if (lanes == 16)
         decode_512(of);
@@ -151,6 +168,7 @@ void lines_decode(const struct coded *of, int lanes) {
 #define N(name) PASTE(name, _128)
 #include "rounding.inc"
 #include "decoding.inc"
+#include "adding.inc"
 #undef N
 #undef LANES
 
@@ -158,6 +176,10 @@ int lines_lanes(void) { return 4; }
 int lines_round(const struct job *job, int lanes) {
     (void)lanes;
     return round_128(job);
+}
+int lines_add(const struct product *of, int lanes) {
+    (void)lanes;
+    return add_128(of);
 }
 void lines_decode(const struct coded *of, int lanes) {
     (void)lanes;
@@ -169,6 +191,11 @@ void lines_decode(const struct coded *of, int lanes) {
 int lines_lanes(void) { return 0; }
 int lines_round(const struct job *job, int lanes) {
     (void)job;
+    (void)lanes;
+    return 1;
+}
+int lines_add(const struct product *of, int lanes) {
+    (void)of;
     (void)lanes;
     return 1;
 }

@@ -102,6 +102,23 @@ class Coded(ctypes.Structure):
 _VECTORS = {16: "AVX-512", 8: "AVX2", 4: "NEON"}
 
 
+class Product(ctypes.Structure):
+    """``struct product``: rows of bfloat16, to which a product is added."""
+
+    _fields_ = (
+        ("n_rows", _long),
+        ("n_columns", _long),
+        ("base", _pointer),
+        ("out", _pointer),
+        ("left", _pointer),
+        ("left_stride", _long),
+        ("right", _pointer),
+        ("right_stride", _long),
+        ("rank", _int),
+        ("scale", _float),
+    )
+
+
 class Library(NamedTuple):
     """The functions, and the vectors that they use here."""
 
@@ -122,6 +139,10 @@ class Library(NamedTuple):
         """
         if self.functions.lines_round(ctypes.byref(job), self.lanes):
             raise MemoryError("no memory to round a tile")
+
+    def add(self, product: Product) -> bool:
+        """Add a product to some rows. Return whether all that is written is finite; if not, it is not torch's NaN."""
+        return not self.functions.lines_add(ctypes.byref(product), self.lanes)
 
     def decode(self, coded: Coded) -> None:
         """Write the values of some lines."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from lora_merge.codecs import Encoder  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.codecs.grid import Grid, Packed
+    from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.plan import Merge, Step  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.core.weight import Tile  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.deltas.algebra import Changer  # noqa: TC004 - a field's type, never evaluated
@@ -51,6 +52,8 @@ class Filling:
 
     choosing: Choosing
     tiles: Sequence[Tile]
+    can_add: bool
+    """See `lora_merge.merging.worker.adding.can_add`."""
 
     bench: Workbench | None
     """A separate one, where its buffers are filled by several tiles; else the loop's."""
@@ -65,6 +68,15 @@ class Filling:
         slots = ((role, self.step.writes[role]) for role in sorted(missing))
         more = {role: PartRange(slot.dtype, slot.shape, ((0, slot.nbytes),)) for role, slot in slots}
         return Parts(found.storage, {**found.ranges, **more})
+
+    def is_added(self, n: int, frame: Frame, changers: Sequence[tuple[PlacedDelta, Changer]]) -> bool:
+        """Add the change to a tile as it was read, at once, if it is a plain product. Return whether it is encoded."""
+        if not self.can_add or self.sample.has(n) or not self.choosing.is_plain:
+            return False
+        tile = self.tiles[n]
+        ((_, changer),) = changers
+        product = changer.product(tile.start, tile.end)
+        return product is not None and frame.add(product)
 
     def encode(
         self, frame: Frame, tile: Tile, stored: Mapping[str, torch.Tensor], changers: Sequence[Changer]
@@ -177,24 +189,41 @@ class Loop:
         if shared is None:
             self._reader.read_into(frame.raw, read.ranges)
             watch.lap("read")
+        # Before the change, which may be made in place.
+        if output.passing is not None:
+            output.passing.before(n, shared or frame)
+            watch.lap("check")
+        if shared is None and output.is_added(n, frame, changers):
+            watch.lap("change")
+        else:
+            self._change(output, n, frame, tile, shared, changers)
+        self._under_way.append((output, n, frame, written))
+        if output.bench is not None:
+            self.finish()
+
+    def _change(
+        self,
+        output: Filling,
+        n: int,
+        frame: Frame,
+        tile: Tile,
+        shared: Frame | None,
+        changers: list[tuple[PlacedDelta, Changer]],
+    ) -> None:
+        """Decode a tile, change it in float32, and encode it."""
+        watch = self._watch
+        if shared is None:
             frame.decode(self._codec, tile)
         else:
             frame.values.copy_(shared.values)
         watch.lap("decode")
-        # Before the change, which is made in place.
-        if output.passing is not None:
-            output.passing.before(n, shared or frame)
-            watch.lap("check")
         output.sample.before(n, frame)
         output.choosing.before(frame.values)
-        change(frame.values, start, end, op, changers)
+        change(frame.values, tile.start, tile.end, output.op, changers)
         watch.lap("change")
         output.encode(frame, tile, (shared or frame).stored, [changer for _, changer in changers])
         output.sample.after(n, frame, tile, (shared or frame).stored)
         watch.lap("encode")
-        self._under_way.append((output, n, frame, written))
-        if output.bench is not None:
-            self.finish()
 
     def finish(self) -> None:
         """Write the tiles that are still under way."""

@@ -13,6 +13,7 @@ from lora_merge.core.weight import Tile
 from lora_merge.deltas import ALGEBRAS, Factors, Part
 from lora_merge.formats.safetensors import load
 from lora_merge.formats.weights import WeightReader
+from lora_merge.merging.worker.adding import can_add
 from lora_merge.merging.worker.changing import Working, change
 from lora_merge.merging.worker.choosing import Choosing
 from lora_merge.merging.worker.copying import copy
@@ -230,6 +231,7 @@ class Merger:
             codec,
             Choosing(op, self._memory),
             places,
+            can_add(op),
             bench,
         )
 

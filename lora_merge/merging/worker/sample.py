@@ -42,6 +42,10 @@ class Sample:
         self._before: torch.Tensor | None = None
         self._found: torch.Tensor | None = None
 
+    def has(self, tile: int) -> bool:
+        """Return whether it is the tile whose rows are compared."""
+        return tile == self._tile
+
     def before(self, tile: int, frame: Frame) -> None:
         """Keep the rows of a tile, if it is the middle one."""
         if tile == self._tile:

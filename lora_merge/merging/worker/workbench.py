@@ -13,6 +13,7 @@ from lora_merge.codecs.geometry import lines_of
 from lora_merge.codecs.grid import Packed
 from lora_merge.core.tensor import DTYPE_BITS, STORED_TYPES, TORCH_NAMES
 from lora_merge.core.weight import FLOAT32, WEIGHT, PartRange, Storage, Tile
+from lora_merge.merging.worker.adding import add
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from lora_merge.codecs import Codec, Encoder
     from lora_merge.codecs.grid import Grid
+    from lora_merge.deltas.algebra import Product
 
     Choose = Callable[[torch.Tensor, Grid], torch.Tensor | Packed]
     """Values float32 ``[lines, in]`` and their grid → levels, if their codes are not stored yet."""
@@ -96,6 +98,17 @@ class Frame:
     def decode(self, codec: Codec, tile: Tile) -> None:
         """Decode `stored` into `values`."""
         codec.decode(tile, self.stored, self.values, self._source)
+
+    def add(self, product: Product) -> bool:
+        """Write `stored` with a product added into `rounded`, if compiled code can. Return whether that is done."""
+        if not add(
+            self.stored[WEIGHT].view(self.values.shape), self.rounded[WEIGHT].view(self.values.shape), product
+        ):
+            return False
+        # All of it is finite, or it was not done.
+        for total in self._totals:
+            total.zero_()
+        return True
 
     def encode(
         self,
@@ -189,6 +202,11 @@ class CudaFrame(Frame):
         import torch
 
         return torch.empty((), dtype=part.dtype, pin_memory=True)
+
+    def add(self, product: Product) -> bool:
+        """Return False: compiled code is for the CPU."""
+        del product
+        return False
 
     def decode(self, codec: Codec, tile: Tile) -> None:
         """Upload the stored bytes, and decode them on the GPU."""
