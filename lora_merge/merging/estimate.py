@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_merge.core.plan import Merge
+from lora_merge.native.library import library
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,6 +41,9 @@ _DECODING_NS = 1.0
 _ENCODING_NS: Mapping[str, float] = {"scaled": 4.5, "packed_int": 4.5, "fp4": 8.0}
 _OTHER_ENCODING_NS = 8.0
 """Nanoseconds of one core per value, beside `_NEAREST_NS`: to round for an adapter, to decode, and to encode by codec."""
+
+_COMPILED_NS = {"rounding": 2.0, "decoding": 0.4, "encoding": 1.0}
+"""The same with compiled loops: for an adapter; to decode; to encode on the stored scales."""
 
 _LOOKING_BACK_NS, _PEFT_LAYER_NS = 2.0, 5.0
 """The same for a change that looks at the whole weight first, and for one that PEFT's own layer makes."""
@@ -136,11 +140,7 @@ def _inputs(plan: MergePlan) -> dict[tuple[str, int, int], TensorRef]:
 def _merge_ns(op: Merge) -> float:
     """Return the nanoseconds of one core that a weight takes."""
     n_values = math.prod(op.source.shape)
-    each = _NEAREST_NS + (0.0 if op.source.storage.is_dense else _DECODING_NS)
-    if not op.target.is_dense:
-        each += _ENCODING_NS.get(op.target.codec, _OTHER_ENCODING_NS)
-    if op.rounding is not None:
-        each += _ROUNDING_NS[op.rounding.method]
+    each = _NEAREST_NS + _storing_ns(op)
     each += sum(_passing_ns(delta.facts) for delta in op.deltas)
     combining = 0.0
     if op.combination is not None:
@@ -151,6 +151,22 @@ def _merge_ns(op: Merge) -> float:
             )
             combining = _SVD_NS * math.prod(blocks) * rows * columns * min(rows, columns)
     return n_values * each + _product_ns(op) + combining
+
+
+def _storing_ns(op: Merge) -> float:
+    """Return the nanoseconds of one core per value for decoding, rounding and encoding."""
+    is_compiled = library() is not None
+    found = 0.0
+    if not op.source.storage.is_dense:
+        found += _COMPILED_NS["decoding"] if is_compiled else _DECODING_NS
+    if op.on_stored_grid and is_compiled:
+        found += _COMPILED_NS["encoding"]
+    elif not op.target.is_dense:
+        found += _ENCODING_NS.get(op.target.codec, _OTHER_ENCODING_NS)
+    if op.rounding is not None:
+        by_loop = is_compiled and op.rounding.method == "adapter"
+        found += _COMPILED_NS["rounding"] if by_loop else _ROUNDING_NS[op.rounding.method]
+    return found
 
 
 def _passing_ns(facts: Facts) -> float:

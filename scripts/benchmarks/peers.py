@@ -80,6 +80,8 @@ class Peer:
             "print(json.dumps({d.metadata['Name'].lower().replace('_', '-'): d.version for d in distributions()}))"
         )
         python = self.directory(cache) / "bin" / "python"
+        if not python.exists():
+            return {}
         run = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
         found: dict[str, str] = json.loads(run.stdout) if run.returncode == 0 else {}
         wanted = (self.package, "torch", "transformers", "peft")
