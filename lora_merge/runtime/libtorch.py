@@ -28,14 +28,22 @@ _loading: list[threading.Thread] = []
 
 def load_beside() -> None:
     """Begin to load the library in a thread. Where it cannot be loaded this way nothing is said: `import torch` will say it."""
-    # Under a limit of memory `import torch` is to fail where its error is understood.
-    if sys.platform != "linux" or "torch" in sys.modules or _loading or is_limited():
+    # Under a limit of memory `import torch` is to fail where its error is understood. In a directory that was removed MKL ends the
+    # process while it is loaded, and the command line has a sentence for that.
+    if sys.platform != "linux" or "torch" in sys.modules or _loading or is_limited() or not _has_directory():
         return
     paths = _paths()
     if paths:
         # A daemon: a merge that is refused does not wait for it.
         _loading.append(threading.Thread(target=_load, args=(paths,), name="libtorch", daemon=True))
         _loading[0].start()
+
+
+def _has_directory() -> bool:
+    try:
+        return Path.cwd().is_absolute()
+    except OSError:
+        return False
 
 
 def wait() -> None:
