@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 SWITCH = "LORA_MERGE_NATIVE"
 """Environment variable: ``0`` leaves the library out."""
 
+VERSION = 2
+"""``lines_version`` of ``kernels.c``. A library that was compiled from other sources takes other structures."""
+
 STRIP = 64
 """Columns that are loaded together, as in ``kernels.c``: no block of columns goes from one strip into the next."""
 
@@ -160,10 +163,10 @@ def _found() -> Library | None:
     if os.environ.get(SWITCH) == "0":
         return None
     for file in sorted(Path(__file__).parent.glob("_kernels*.so")):
-        # One that was built for another system, or with another C library, is as good as none.
+        # One that was built for another system, with another C library or of other sources is as good as none.
         with contextlib.suppress(OSError, AttributeError):
             functions = ctypes.CDLL(str(file))
-            lanes = functions.lines_lanes()
+            lanes = functions.lines_lanes() if functions.lines_version() == VERSION else 0
             if lanes:
                 return Library(functions, lanes)
     return None

@@ -307,6 +307,11 @@ def test_the_switch_leaves_it_out():
     assert run.stdout == "None\n"
 
 
+def test_a_library_of_other_sources_is_left_alone(monkeypatch):
+    monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
+    assert native._found.__wrapped__() is None
+
+
 def test_a_grid_of_zero_scales_keeps_its_codes():
     """Where a scale is 0 codes mean nothing, and `keep` leaves them: so they are not stored at once."""
     out = torch.zeros(4, 32, dtype=torch.uint8)
