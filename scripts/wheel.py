@@ -17,7 +17,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
-SOURCES = ("native/kernels.c", "native/rounding.inc", "native/decoding.inc", "native/adding.inc")
+SOURCES = (
+    "native/kernels.c",
+    "native/rounding.inc",
+    "native/decoding.inc",
+    "native/adding.inc",
+    "native/summing.inc",
+)
 
 TRIED = """
 from lora_merge.native import library as native

@@ -1,6 +1,7 @@
 """Compiled loops for the CPU, optional: without them the same work is done with torch.
 
-`kernels.c` has three functions, which `library` finds: rounding that keeps the adapter (`rounding.inc`, called by
-`lora_merge.rounding.compiled`), decoding of codes (`decoding.inc`, called by `lora_merge.codecs.compiled`), and a product of low
-rank that is added to bfloat16 (`adding.inc`, called by `lora_merge.merging.worker.adding`). Each takes one tile, keeps nothing, and gives the same bits on every processor that it runs on: x86-64 with AVX2 or AVX-512, and ARM64.
+`kernels.c` has four functions, which `library` finds: rounding that keeps the adapter (`rounding.inc`, called by
+`lora_merge.rounding.compiled`), decoding of codes (`decoding.inc`, called by `lora_merge.codecs.compiled`), a product of low rank
+that is added to bfloat16 (`adding.inc`, called by `lora_merge.merging.worker.adding`), and sums of squares (`summing.inc`, called by
+`lora_merge.formats.safetensors`). Each takes one tile, keeps nothing, and gives the same bits on every processor that it runs on: x86-64 with AVX2 or AVX-512, and ARM64.
 """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SWITCH = "LORA_MERGE_NATIVE"
 """Environment variable: ``0`` leaves the library out."""
 
-VERSION = 2
+VERSION = 3
 """``lines_version`` of ``kernels.c``. A library that was compiled from other sources takes other structures."""
 
 STRIP = 64
@@ -147,6 +147,15 @@ class Library(NamedTuple):
         """Add a product to some rows. Return whether all that is written is finite; if not, it is not torch's NaN."""
         return not self.functions.lines_add(ctypes.byref(product), self.lanes)
 
+    def squares(self, address: int, n: int) -> float:
+        """Return the sum of the squares of some bfloat16 values, in float64.
+
+        Args:
+            address: of the first; n: how many, adjacent.
+        """
+        found: float = self.functions.lines_squares(_pointer(address), _long(n), self.lanes)
+        return found
+
     def decode(self, coded: Coded) -> None:
         """Write the values of some lines."""
         self.functions.lines_decode(ctypes.byref(coded), self.lanes)
@@ -168,6 +177,7 @@ def _found() -> Library | None:
             functions = ctypes.CDLL(str(file))
             lanes = functions.lines_lanes() if functions.lines_version() == VERSION else 0
             if lanes:
+                functions.lines_squares.restype = ctypes.c_double
                 return Library(functions, lanes)
     return None
 
