@@ -37,6 +37,7 @@ from lora_merge.requests.sizes import parse_size
 from lora_merge.runtime import machine
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import translate_out_of_memory
+from lora_merge.runtime.temporary import remove_left_behind
 from lora_merge.storage.destination import Storage, Wish
 from lora_merge.storage.hub.uploads.push import is_on_hub
 from lora_merge.storage.sources import is_local
@@ -190,7 +191,7 @@ def prepare(
         wish = wish_of(request, out, planned)
         # `merge --dry-run` and `plan` may have no output at all. With one, a dry run says what would stop the
         # real run.
-        is_made = bool(request.out) and is_made_already(planned, wish, storage)
+        is_made = bool(request.out) and _is_made(planned, wish, storage, dry_run=dry_run)
         if (request.out or not dry_run) and not is_made:
             storage.check_replaceable(wish)
         check_push(request, planned)
@@ -220,6 +221,15 @@ def prepare(
         is_made,
         choice.why,
     )
+
+
+def _is_made(planned: Planned, wish: Wish, storage: Storage, *, dry_run: bool) -> bool:
+    """Return True when a run that may continue another one finds the whole output."""
+    found = is_made_already(planned, wish, storage)
+    if found and not dry_run:
+        # The run that completed it may have been killed before it removed its folders.
+        remove_left_behind()
+    return found
 
 
 def _summary(request: Request, plan: MergePlan, budget: Budget, free_bytes: int) -> Summary:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _PREFIX = "lora-merge-copy-"
+SPOOLS = Path("/var/tmp")  # noqa: S108 - folders with random names are made in it
+"""Where large files wait, which is on a disk."""
+
 _LOCK = ".lock"
 """A file in each folder that its process holds a lock on: the kernel frees it whatever ends the process."""
 
@@ -30,12 +33,10 @@ def folder_for(owner: object, place: Path | None = None) -> Path:
     Raises:
         OSError: it cannot be made.
     """
-    import shutil
-    import tempfile  # few runs need either
+    import tempfile  # few runs need it
 
     place = place or Path(tempfile.gettempdir())
-    for left in _left_behind(place):
-        shutil.rmtree(left, ignore_errors=True)
+    remove_left_behind(place)
     # Resolved, since readers resolve paths too, and the two are compared.
     home = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place)).resolve()
     fd = _locked(home / _LOCK, os.O_CREAT)
@@ -43,6 +44,23 @@ def folder_for(owner: object, place: Path | None = None) -> Path:
     folder.mkdir()
     _FOLDERS.add(weakref.finalize(owner, _remove, str(home), fd, os.getpid()))
     return folder
+
+
+def remove_left_behind(place: Path | None = None) -> None:
+    """Remove the folders of processes that were killed.
+
+    Args:
+        place: where they made them; default: wherever this program makes some.
+    """
+    import shutil
+    import tempfile
+
+    if place is None:
+        for one in {Path(tempfile.gettempdir()), SPOOLS}:
+            remove_left_behind(one)
+        return
+    for left in _left_behind(place):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager

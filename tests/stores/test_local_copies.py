@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import lora_merge
 from lora_merge.core.report import Issue, Silence
 from lora_merge.errors import ChangedError, CheckpointError, PlanError, ResolveError
 from lora_merge.runtime.temporary import folder_for, remove_folders, temporary_folder
@@ -20,6 +21,7 @@ from lora_merge.storage.objects.local_copies import local_copy
 from lora_merge.storage.reading import read_into
 from lora_merge.storage.shown import by_url, errors_by_url
 from lora_merge.storage.sources import open_source, version_at
+from tests.faults.odd_values import make_adapter, make_base
 
 
 class Heard(Silence):
@@ -218,6 +220,25 @@ def test_folders_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path, 
     assert young.is_dir()
     remove_folders()
     assert not kept.exists()
+
+
+def test_a_run_with_nothing_to_do_removes_what_a_killed_one_has_left(tmp_path, monkeypatch):
+    import tempfile
+
+    base, adapter, spools = (
+        make_base(tmp_path / "base"),
+        make_adapter(tmp_path / "adapter"),
+        tmp_path / "spools",
+    )
+    spools.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(spools))
+    asked = {"base": str(base), "adapter": str(adapter), "out": str(tmp_path / "out"), "resume": True}
+    lora_merge.merge(**asked)
+    dead = spools / "lora-merge-copy-dead"
+    (dead / "files").mkdir(parents=True)
+    (dead / ".lock").touch()
+    assert lora_merge.merge(**asked).was_complete
+    assert not dead.exists()
 
 
 def test_the_folder_of_a_block_goes_with_the_block_and_no_other_does(tmp_path):

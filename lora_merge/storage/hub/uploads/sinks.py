@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_merge.errors import RequestError, WriteError
-from lora_merge.runtime.temporary import folder_for
+from lora_merge.runtime.temporary import SPOOLS, folder_for
 from lora_merge.storage.hub.uploads.failures import sending
 from lora_merge.storage.objects.store import Entry, Receipt
 from lora_merge.storage.writing import write_error, write_from
@@ -258,7 +258,7 @@ def spool_place() -> Path:
     Raises:
         RequestError: ``TMPDIR`` cannot be written to.
     """
-    kept, asked = Path("/var/tmp"), os.environ.get("TMPDIR")  # noqa: S108 - a folder with a random name is made in it
+    kept, asked = SPOOLS, os.environ.get("TMPDIR")
     if asked:
         # The standard library would take another folder without a word, and that may be small.
         try:
