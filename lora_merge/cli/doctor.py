@@ -91,7 +91,7 @@ def _machine_rows(machine: Machine) -> list[tuple[str, str]]:
 def _loops_text(vectors: str) -> str:
     if vectors:
         return f"compiled, {vectors}"
-    return "torch alone: quantised merges take several times as long (docs/performance.md)"
+    return "not compiled: quantised merges are several times slower"
 
 
 def _torch_text(torch: Torch) -> str:
