@@ -64,9 +64,15 @@ def round_to_codes(
     codes = grid.codes
     if codes is None or not codes.out.is_cpu:
         return None
-    if is_fed_back is False and grid.quotient is not None:
+    if not is_fed_back and grid.quotient is not None:
         return None
-    return _rounded(values, grid, schedule, _places(codes), is_fed_back=is_fed_back)
+    used = -(-values.shape[1] * codes.bits // 8)
+    assert len(codes.out) == len(values), "a tile's codes are stored as a whole"
+    error = _rounded(values, grid, schedule, _places(codes), is_fed_back=is_fed_back)
+    if error is not None and used < codes.out.shape[1]:
+        # What is left of the last word is 0, as `lora_merge.codecs.bits.pack` has it; the buffer is that of earlier tiles.
+        codes.out[:, used:].zero_()
+    return error
 
 
 def _places(codes: Codes) -> dict[str, Any]:

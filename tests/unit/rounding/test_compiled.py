@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_merge.codecs import compiled as decoding
+from lora_merge.codecs.bits import pack, words_of
 from lora_merge.codecs.grid import Codes, Grid
 from lora_merge.codecs.lattice import E2M1, E2M1_AWAY, E4M3, E5M2, PLAIN, Integers, Table
 from lora_merge.codecs.stored_grid import stored_at_once, stored_grid
@@ -101,6 +102,18 @@ def test_codes_are_the_levels_for_any_shape(rows, columns, rank, bits, seed):
     with hidden():
         wanted, _ = round_adapter(values, grid, schedule)
     assert (levels == wanted).all(1).float().mean() >= 1 - 2 / rows
+
+
+@pytest.mark.parametrize("columns", [36, 61])
+def test_what_is_left_of_the_last_word_is_zero(columns):
+    generator = torch.Generator().manual_seed(0)
+    values, a = (torch.randn(n, columns, generator=generator) for n in (5, 3))
+    words = torch.full((5, words_of(columns, 4)), -1, dtype=torch.int32)
+    grid = Grid(Integers(-8, 7), lambda levels: None, scale=values.abs().amax(1, keepdim=True) / 8)
+    schedule, levels = schedule_of(row_space([a]), 0.05), torch.empty_like(values)
+    assert round_to_codes(values, replace(grid, codes=Codes.of(words, 4, offset=8)), schedule) is not None
+    round_to_levels(values, grid, schedule, levels)
+    assert torch.equal(words, pack(levels.add(8).to(torch.uint8), 4))
 
 
 @pytest.mark.parametrize("lattice", [E4M3, E5M2, E2M1], ids=["e4m3", "e5m2", "e2m1"])
