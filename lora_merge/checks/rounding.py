@@ -22,32 +22,14 @@ def rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
 
     torch's own conversion goes through float32, and rounds twice.
     """
-    spacings = _powers(values, dtype)
+    steps = step(values, dtype)
     # Dividing and multiplying by powers of two is exact, so rounding half to even is the only rounding.
-    return values.div(spacings).round_().mul_(spacings)
+    return values.div(steps).round_().mul_(steps)
 
 
 def step(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Return the distance between the two numbers of a dtype that each value lies between, in float64."""
-    import torch
-
-    return torch.ldexp(torch.ones_like(values), _spacings(values, dtype))
-
-
-def neighbours(low: torch.Tensor, high: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the largest number of a dtype that is not above ``low``, and the smallest that is not below ``high``. Beyond the
-    largest number there is only that one.
-    """
-    import torch
-
-    below, above = (_spacings(end, dtype) for end in (low, high))
-    low = torch.ldexp(torch.floor(torch.ldexp(low, -below)), below)
-    high = torch.ldexp(torch.ceil(torch.ldexp(high, -above)), above)
-    return low.clamp(max=LARGEST[dtype]), high.clamp(min=-LARGEST[dtype])
-
-
-def _powers(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Return the distance between numbers of a dtype at each value, in float64; at zero and at subnormal numbers the smallest.
+    """Return the distance between the two numbers of a dtype that each value lies between, in float64; at zero and at subnormal
+    numbers the smallest.
 
     It is made from the bits of the exponents: `torch.frexp` and `torch.ldexp` take ten times as long.
     """
@@ -59,9 +41,10 @@ def _powers(values: torch.Tensor, dtype: str) -> torch.Tensor:
     return exponents.bitwise_left_shift_(52).view(torch.float64)
 
 
-def _spacings(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Return the exponent of the distance between numbers of a dtype at each value: int32."""
-    import torch
-
-    _, exponents = torch.frexp(values)
-    return (exponents - _PRECISION[dtype]).clamp_(min=_SMALLEST[dtype])
+def neighbours(low: torch.Tensor, high: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest number of a dtype that is not above ``low``, and the smallest that is not below ``high``. Beyond the
+    largest number there is only that one.
+    """
+    below, above = (step(end, dtype) for end in (low, high))
+    low, high = low.div(below).floor_().mul_(below), high.div(above).ceil_().mul_(above)
+    return low.clamp(max=LARGEST[dtype]), high.clamp(min=-LARGEST[dtype])
