@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 _ABOUT = Path("/proc/cpuinfo")
 
-HAS_AVX512 = _ABOUT.exists() and "avx512f" in _ABOUT.read_text()
+_FLAGS = _ABOUT.read_text() if _ABOUT.exists() else ""
+
+HAS_AVX512 = "avx512f" in _FLAGS
+
+ROUNDINGS = 1.0 if "avx512_bf16" in _FLAGS else 1.5
+"""How much further off vLLM's products in bfloat16 may be here than on a processor that multiplies bfloat16."""
 
 
 def skip_without_kernel(line: Line) -> None:

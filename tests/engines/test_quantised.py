@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.engines.building import distance
-from tests.engines.processor import HAS_AVX512, skip_without_kernel
+from tests.engines.processor import HAS_AVX512, ROUNDINGS, skip_without_kernel
 from tests.engines.stored import FP8_LLAMA, ROWS, STORED, WEIGHTS_ROUNDED, Output, Stored
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def test_vllm_generates_what_base_and_adapter_do(stored, output, merged, loaded,
         pytest.skip(
             f"same tokens; without AVX-512 vLLM rounds FP8 in blocks more than was measured ({found:.3f})"
         )
-    assert found <= stored.tolerance(output, "vllm")
+    assert found <= stored.tolerance(output, "vllm") * (ROUNDINGS if output == "mixed" else 1)
     assert bool(line["kernels"]) == (output == "mixed")  # what is dense has none for quantised weights
     record_property("measured", f"{found:.0e}, {'naive product' if line['plain'] else 'native kernel'}")
 

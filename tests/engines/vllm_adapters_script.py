@@ -69,5 +69,6 @@ def _answer(generated: Any) -> Line:
 
 if __name__ == "__main__":
     vllm_script._set_environment()
+    vllm_script._leave_out_amx()
     answer_all(answer)
     os._exit(0)  # as there: taking its worker threads down can hang

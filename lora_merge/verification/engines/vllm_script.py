@@ -46,9 +46,12 @@ def main() -> None:
     # vLLM and its libraries print on stdout, which is for answers.
     os.dup2(2, 1)
     document = json.load(sys.stdin)
+    dtype = document.get("dtype", "auto")
     _set_environment()
+    if dtype == "float32":
+        _leave_out_amx()
     for job in document["jobs"]:
-        line = _line(job, document.get("dtype", "auto"))
+        line = _line(job, dtype)
         lines.write(f"{json.dumps(line)}\n")
         lines.flush()
     # Ending worker threads can hang, and there is nothing left to do.
@@ -61,6 +64,17 @@ def _set_environment() -> None:
 
     for name, value in {**ALWAYS, **({} if torch.cuda.is_available() else ON_CPU)}.items():
         os.environ.setdefault(name, value)
+
+
+def _leave_out_amx() -> None:
+    """Let vLLM choose its kernels for AVX-512 on a processor that has AMX too.
+
+    In float32, 0.32 chooses its attention for AMX (MLA), which then refuses such weights. With INT4, its kernel for AMX
+    rounds inputs to eight bits.
+    """
+    import torch
+
+    torch.cpu._is_amx_tile_supported = lambda: False  # noqa: SLF001 - no public name tells it
 
 
 def _line(job: Job, dtype: str) -> Line:
