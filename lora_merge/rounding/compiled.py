@@ -59,7 +59,7 @@ def round_to_codes(
         values: float32 ``[lines, in]``.
         grid: of the tile.
         schedule: of the adapter's row space.
-        is_fed_back: False for the nearest levels, of which only the error is wanted.
+        is_fed_back: False for the nearest levels, of which only the error is wanted. Then any schedule of the basis gives the same.
     """
     codes = grid.codes
     if codes is None or not codes.out.is_cpu:
@@ -95,6 +95,8 @@ def _rounded(
         return None
     n_lines, n_columns = values.shape
     flat = schedule.flat
+    pulls = flat.pulls if is_fed_back else None
+    assert is_fed_back == (pulls is not None), "a schedule without feedback is for the nearest levels"
     group = _group(n_columns, grid.group) if isinstance(grid.group, int) else grid.group.int().contiguous()
     error = values.new_empty(n_lines, len(schedule.basis))
     sweeps = (Sweep * len(flat.sweeps))(
@@ -115,7 +117,7 @@ def _rounded(
             lattice=lattice,
             rank=len(schedule.basis),
             sizes=flat.sizes.data_ptr(),
-            pulls=flat.pulls.data_ptr() if is_fed_back else None,
+            pulls=None if pulls is None else pulls.data_ptr(),
             pushes=flat.pushes.data_ptr(),
             again=flat.again if is_fed_back else n_columns,
             n_sweeps=len(sweeps) if is_fed_back else 0,

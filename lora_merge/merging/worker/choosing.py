@@ -37,8 +37,8 @@ class Choosing:
         self._op, self._rounding, self._memory = op, op.rounding, memory
         seeing = list(filter(keeps_effect, op.deltas))
         self._along = any(delta.region.transposed for delta in seeing)
-        self._spans = Spans(op.view, transposed=self._along) if seeing else None
         is_adapter = self._rounding is not None and self._rounding.method == "adapter"
+        self._spans = Spans(op.view, transposed=self._along, fed_back=is_adapter) if seeing else None
         self._is_accounted = bool(seeing) and (is_accounted or is_adapter or not op.target.is_dense)
         self._is_sum = op.combination is None and all(
             delta.facts.is_sum and delta.facts.sees_by_factor for delta in op.deltas

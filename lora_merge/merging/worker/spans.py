@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_merge.rounding.basis import row_space
-from lora_merge.rounding.schedule import damping_for, schedule_of
+from lora_merge.rounding.schedule import damping_for, schedule_of, without_feedback
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -60,9 +60,11 @@ class Spans:
     Args:
         view: of the weight.
         transposed: whether it is stored ``[in, out]``.
+        fed_back: whether errors of rounding are fed back; else they are only summed up.
     """
 
-    def __init__(self, view: View, *, transposed: bool) -> None:
+    def __init__(self, view: View, *, transposed: bool, fed_back: bool) -> None:
+        self._fed_back = fed_back
         self._n_inputs, self._n_outputs = (
             (view.rows, view.columns) if transposed else (view.columns, view.rows)
         )
@@ -90,11 +92,14 @@ class Spans:
         found = self._known.get(key)
         if found is None:
             basis = row_space([self._whole(look) for look in looks])
-            schedule = None if basis is None else schedule_of(basis, damping_for(*basis.shape))
+            schedule = None if basis is None else self._made(basis)
             found = self._known[key] = _Known(looks, schedule)
             while len(self._known) > _KEPT:
                 self._known.popitem(last=False)
         return found.schedule
+
+    def _made(self, basis: torch.Tensor) -> Schedule:
+        return schedule_of(basis, damping_for(*basis.shape)) if self._fed_back else without_feedback(basis)
 
     def _whole(self, look: Look) -> torch.Tensor:
         """Return A for all inputs: zeros where it has none."""

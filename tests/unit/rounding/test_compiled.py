@@ -31,7 +31,7 @@ from lora_merge.native.library import SWITCH, hidden, library
 from lora_merge.rounding.adapter import round_adapter
 from lora_merge.rounding.basis import row_space
 from lora_merge.rounding.compiled import round_to_codes, round_to_levels
-from lora_merge.rounding.schedule import damping_for, schedule_of
+from lora_merge.rounding.schedule import damping_for, schedule_of, without_feedback
 from tests.grids import GRIDS, case, in_span
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the compiled loops are not built here")
@@ -160,7 +160,7 @@ def test_without_feedback_each_level_is_the_nearest(kind):
     out = torch.empty(len(values), values.shape[1] * bits // 8, dtype=torch.uint8)
     first = grid.lattice.ends[0] if isinstance(grid.lattice, Integers) else 0
     codes = Codes.of(out, bits, offset=-int(first))
-    schedule = schedule_of(basis, 0.05)
+    schedule = without_feedback(basis)
     error = round_to_codes(values, replace(grid, codes=codes), schedule, is_fed_back=False)
     wanted = grid.nearest(values)
     if kind == "fp8":
@@ -175,6 +175,21 @@ def test_without_feedback_each_level_is_the_nearest(kind):
     assert torch.equal(found, wanted)
     exact = (grid.values(wanted).double() - values.double()) @ basis.double().t()
     torch.testing.assert_close(error.double(), exact, rtol=1e-3, atol=float(exact.abs().max()) * 1e-4)
+
+
+@pytest.mark.parametrize("columns", [256, 4096])
+def test_without_feedback_every_schedule_of_a_basis_gives_the_same_bits(columns):
+    _, values, grid, basis = case("fp8", columns=columns)
+    found = []
+    for schedule in (schedule_of(basis, 0.05), without_feedback(basis)):
+        out = torch.empty(values.shape, dtype=torch.uint8)
+        codes = Codes.of(out, 8)
+        error = round_to_codes(values, replace(grid, codes=codes), schedule, is_fed_back=False)
+        found.append((out, error))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    # The blocks differ, else this would say nothing.
+    assert schedule_of(basis, 0.05).flat.sizes.tolist() != without_feedback(basis).flat.sizes.tolist()
 
 
 @pytest.mark.parametrize("kind", COMPILED)
