@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lora_merge.codecs import CODECS
+from lora_merge.codecs.beginning import beginning_of
 from lora_merge.core.tensor import STORED_TYPES, TORCH_NAMES, TensorRef, nbytes_of
 from lora_merge.core.weight import DENSE, WEIGHT, Storage, Tile, Weight
 from lora_merge.formats.safetensors import tensor_digest
@@ -297,6 +298,30 @@ def test_every_value_of_a_tile_is_written_and_no_other(sample, shape):
             found.append(around[1:-1])
         assert found[0].isfinite().all()
         assert same(*found)
+
+
+@each
+def test_the_first_rows_of_a_tile_are_decoded_alone(sample, shape):
+    stored, codec = sample.stored(shape), CODECS[sample.storage.codec]
+    for tile in every_tile(sample, shape):
+        parts = parts_of(tile, stored, sample.storage)
+        whole = torch.empty(tile.end - tile.start, math.prod(shape) // tile.n_rows)
+        codec.decode(tile, parts, whole, sample.storage)
+        for n_rows in {1, min(5, len(whole)), len(whole)}:
+            first, own = beginning_of(codec, tile, n_rows, parts, sample.storage)
+            values = torch.empty(first.end - first.start, whole.shape[1])
+            codec.decode(first, own, values, sample.storage)
+            assert len(values) >= n_rows
+            assert same(values, whole[: len(values)])
+
+
+def test_the_first_rows_of_blocks_are_a_small_part_of_a_tile():
+    sample = scaled("F8_E4M3", "F32", 128, 128)
+    tile = Tile((300, 200), 300, 0, 300)
+    parts = parts_of(tile, sample.stored((300, 200)), sample.storage)
+    first, own = beginning_of(CODECS["scaled"], tile, 5, parts, sample.storage)
+    assert (first.start, first.end) == (0, 5)
+    assert own[WEIGHT].shape == (5, 200)
 
 
 @each

@@ -71,12 +71,25 @@ class Filling:
 
     def is_added(self, n: int, frame: Frame, changers: Sequence[tuple[PlacedDelta, Changer]]) -> bool:
         """Add the change to a tile as it was read, at once, if it is a plain product. Return whether it is encoded."""
-        if not self.can_add or self.sample.has(n) or not self.choosing.is_plain:
+        if not self.can_add or not self.choosing.is_plain:
             return False
         tile = self.tiles[n]
         ((_, changer),) = changers
         product = changer.product(tile.start, tile.end)
-        return product is not None and frame.add(product)
+        if product is None or not frame.add(product):
+            return False
+        if self.sample.has(n):
+            self._compare(n, frame, changers)
+        return True
+
+    def _compare(self, n: int, frame: Frame, changers: Sequence[tuple[PlacedDelta, Changer]]) -> None:
+        """Compare the first rows of a tile that is encoded already. Their values before rounding are computed for that."""
+        tile, n_rows = self.tiles[n], self.sample.n_rows(frame)
+        values = frame.values[:n_rows]
+        values.copy_(frame.stored[WEIGHT].view(frame.values.shape)[:n_rows])
+        self.sample.before(n, frame)
+        change(values, tile.start, tile.start + n_rows, self.op, list(changers))
+        self.sample.after(n, frame, tile, frame.stored)
 
     def encode(
         self, frame: Frame, tile: Tile, stored: Mapping[str, torch.Tensor], changers: Sequence[Changer]

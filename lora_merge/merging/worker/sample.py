@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.codecs import CODECS
+from lora_merge.codecs.beginning import beginning_of
 from lora_merge.core.tensor import Survival
 from lora_merge.core.weight import WEIGHT
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 SAMPLE_ELEMENTS = 1 << 14
 """At most so many elements of each merged tensor are compared."""
+
+_MULTIPLIED = 64
+"""Rows that are multiplied at least: for a few of them a matrix library may sum in another order."""
 
 
 class Sample:
@@ -45,6 +49,10 @@ class Sample:
     def has(self, tile: int) -> bool:
         """Return whether it is the tile whose rows are compared."""
         return tile == self._tile
+
+    def n_rows(self, frame: Frame) -> int:
+        """Return how many of a tile's rows have to be changed for the comparison."""
+        return min(len(frame.values), max(len(self._rows(frame.values)), _MULTIPLIED))
 
     def before(self, tile: int, frame: Frame) -> None:
         """Keep the rows of a tile, if it is the middle one."""
@@ -115,14 +123,14 @@ class Sample:
 
     def _stored(self, frame: Frame, rows: Tile, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the rows as they will be read from the output, float32."""
-        import torch
-
         if self._target.is_dense:
             return self._rows(frame.rounded[WEIGHT]).float()
-        whole = torch.empty_like(frame.values)
+        codec, n_rows = CODECS[self._target.codec], len(self._rows(frame.values))
         # Where only codes are written, the scales are those that were read.
-        CODECS[self._target.codec].decode(rows, {**stored, **frame.rounded}, whole, self._target)
-        return self._rows(whole)
+        first, parts = beginning_of(codec, rows, n_rows, {**stored, **frame.rounded}, self._target)
+        values = frame.values.new_empty(first.end - first.start, frame.values.shape[1])
+        codec.decode(first, parts, values, self._target)
+        return values[:n_rows]
 
     def _rows(self, values: torch.Tensor) -> torch.Tensor:
         n_rows, n_columns = values.shape
