@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from math import sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    import torch
+    import torch  # noqa: TC004 - a field's type, never evaluated
 
 _BAND = 1 << 22
 """Values of a band, about."""
@@ -96,19 +98,54 @@ class Flat(NamedTuple):
     sweeps: tuple[FlatSweep, ...]
 
 
-class Schedule(NamedTuple):
-    """How all columns of a matrix are decided."""
+class _Columns(NamedTuple):
+    """How some adjacent columns are decided: `Steps` before they are cut into blocks."""
+
+    sizes: tuple[int, ...]
+    pulls: torch.Tensor
+    """Float32 ``[columns, r]``."""
+
+    shares: torch.Tensor
+    """Float32 ``[columns]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """How all columns of a matrix are decided. Torch and compiled code need different forms of it, which are made when they are
+    needed: to cut it into blocks takes longer than all else.
+    """
 
     basis: torch.Tensor
     """Of the adapter's row space, orthonormal, float32 ``[r, in]``."""
 
-    panels: tuple[Steps, ...]
-    """The columns in their order."""
+    columns: _Columns | None
+    """None where nothing is fed back."""
 
-    sweeps: tuple[Steps, ...]
+    again: tuple[_Columns, ...]
     """How the columns of the last panel are decided again, each time given all others."""
 
-    flat: Flat
+    before: int
+    """Columns that are decided once."""
+
+    @cached_property
+    def panels(self) -> tuple[Steps, ...]:
+        """The columns in their order."""
+        assert self.columns is not None, "nothing is fed back"
+        return tuple(_panels(_steps(self.basis, self.columns), self.before))
+
+    @cached_property
+    def sweeps(self) -> tuple[Steps, ...]:
+        """How the columns of the last panel are decided again."""
+        last = self.basis[:, self.before :]
+        return tuple(_steps(last, columns) for columns in self.again)
+
+    @cached_property
+    def flat(self) -> Flat:
+        """The same as compiled code reads it."""
+        pulls = None if self.columns is None else self.columns.pulls
+        sizes = _even_sizes(self.basis.shape[1]) if self.columns is None else self.columns.sizes
+        sweeps = tuple(FlatSweep(_int32(one.sizes), one.pulls, one.shares) for one in self.again)
+        return Flat(_int32(sizes), pulls, self.basis.t().contiguous(), self.before, sweeps)
 
 
 def schedule_of(basis: torch.Tensor, damping: float) -> Schedule:
@@ -128,61 +165,34 @@ def schedule_of(basis: torch.Tensor, damping: float) -> Schedule:
     # Not below the last sweep's: no column is to come after the last, and its λ must not be 0.
     each = to_come.mul_(_TAPER).clamp_(max=damping).clamp_(min=_SWEEPS[-1] * mean)
     before = n_columns - last_panel(rank, n_columns)
-    steps = _steps(basis, squares, each)
+    columns = _columns(basis, squares, each)
     last = basis[:, before:]
     # The first sweep makes less noise of it, which only shows where the last columns are many of all.
     shares = _SWEEPS if 8 * (n_columns - before) > n_columns else _SWEEPS[-1:]
-    sweeps = tuple(_steps(last, squares[before:], squares.new_tensor(share * mean)) for share in shares)
-    return Schedule(basis, tuple(_panels(steps, before)), sweeps, _flat(basis, steps, before, sweeps))
+    again = tuple(_columns(last, squares[before:], squares.new_tensor(share * mean)) for share in shares)
+    return Schedule(basis, columns, again, before)
 
 
 def without_feedback(basis: torch.Tensor) -> Schedule:
     """Return the schedule that decides each column alone: only what is seen of the error is summed up, for which blocks may have
     any size.
 
-    It takes a hundredth of the time of `schedule_of`.
-
     Args:
         basis: as `Schedule` has it.
     """
-    import torch
-
-    n_columns = basis.shape[1]
-    block = _PANEL // 2
-    sizes = [min(block, n_columns - first) for first in range(0, n_columns, block)]
-    flat = Flat(torch.tensor(sizes, dtype=torch.int32), None, basis.t().contiguous(), n_columns, ())
-    return Schedule(basis, (), (), flat)
+    return Schedule(basis, None, (), basis.shape[1])
 
 
-def _flat(basis: torch.Tensor, steps: Steps, before: int, sweeps: Iterable[Steps]) -> Flat:
-    """Return a schedule as compiled code reads it.
-
-    Args:
-        basis: as `Schedule` has it.
-        steps: of all columns.
-        before: columns that are decided once.
-        sweeps: the steps of the others.
-    """
-    import torch
-
-    def sizes(some: Steps) -> torch.Tensor:
-        return torch.tensor(some.sizes, dtype=torch.int32)
-
-    flat = (
-        FlatSweep(sizes(sweep), torch.cat(sweep.pulls), sweep.shares.flatten().contiguous())
-        for sweep in sweeps
-    )
-    return Flat(sizes(steps), torch.cat(steps.pulls), basis.t().contiguous(), before, tuple(flat))
-
-
-def _steps(basis: torch.Tensor, squares: torch.Tensor, damping: torch.Tensor) -> Steps:
-    """Return the steps for some adjacent columns, given q, q·q and λ of each."""
+def _columns(basis: torch.Tensor, squares: torch.Tensor, damping: torch.Tensor) -> _Columns:
+    """Return how some adjacent columns are decided, given q, q·q and λ of each."""
     shares = squares / (squares + damping)
     pulls = (basis.double() / (squares + damping)).t().float().contiguous()
-    sizes = _sizes(basis, pulls)
-    return Steps(
-        sizes, pulls.split_with_sizes(sizes), basis.split_with_sizes(sizes, 1), shares.float().unsqueeze(1)
-    )
+    return _Columns(_sizes(basis, pulls), pulls, shares.float())
+
+
+def _steps(basis: torch.Tensor, columns: _Columns) -> Steps:
+    sizes, pulls, shares = columns
+    return Steps(sizes, pulls.split_with_sizes(sizes), basis.split_with_sizes(sizes, 1), shares.unsqueeze(1))
 
 
 def _panels(steps: Steps, before: int) -> Iterator[Steps]:
@@ -197,6 +207,18 @@ def _panels(steps: Steps, before: int) -> Iterator[Steps]:
         part = slice(start, block)
         yield Steps(steps.sizes[part], steps.pulls[part], steps.pushes[part], steps.shares[first:end])
         first = end
+
+
+def _int32(sizes: Iterable[int]) -> torch.Tensor:
+    import torch
+
+    return torch.tensor(tuple(sizes), dtype=torch.int32)
+
+
+def _even_sizes(n_columns: int) -> Iterator[int]:
+    """Yield the sizes of blocks that are as large as compiled code takes."""
+    block = _PANEL // 2
+    return (min(block, n_columns - first) for first in range(0, n_columns, block))
 
 
 def _sizes(basis: torch.Tensor, pulls: torch.Tensor) -> tuple[int, ...]:
