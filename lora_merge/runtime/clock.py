@@ -24,12 +24,13 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Record the wall seconds of a block under a phase's name."""
+        """Add the wall seconds of a block to those of a phase."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._seconds[phase] = round(time.perf_counter() - start, 4)
+            spent = time.perf_counter() - start
+            self._seconds[phase] = round(self._seconds.get(phase, 0.0) + spent, 4)
 
     def add_busy(self, seconds: Mapping[str, float]) -> None:
         """Add the busy seconds of a worker, by stage."""
