@@ -206,7 +206,7 @@ def front_matter(
         adapters: the adapters' cards.
         tags: those that come before the ones that are taken over.
     """
-    from huggingface_hub.repocard_data import ModelCardData
+    import yaml
 
     cards = [base, *adapters]
     stated = licences(cards)
@@ -225,8 +225,9 @@ def front_matter(
         "tags": [*dict.fromkeys([*tags, *kept])],
     }
     given = {key: value for key, value in fields.items() if value}
-    text: str = ModelCardData(**given).to_yaml(line_break="\n", original_order=list(given))
-    return text
+    # As `ModelCardData.to_yaml` does. To import its module takes longer than all else that is written around the weights.
+    text: str = yaml.dump(given, sort_keys=False, allow_unicode=True, line_break="\n")
+    return text.strip()
 
 
 def _union(lists: Iterable[tuple[str, ...]]) -> list[str]:

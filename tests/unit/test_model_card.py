@@ -8,9 +8,10 @@ import statistics
 import time
 
 import pytest
-from huggingface_hub import ModelCard, metadata_load
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
-from lora_merge.formats.front_matter import CardFacts, card_issues, parse_card
+from lora_merge.formats.front_matter import CardFacts, card_issues, front_matter, parse_card
 
 BASE = """\
 ---
@@ -111,6 +112,20 @@ def test_the_front_matter_has_what_is_still_true_of_base_and_adapter(merge):
     assert card.data.to_dict() == wanted
     assert ModelCard(str(card)).content == card.content
     assert "no model card" not in result.output
+
+
+def test_the_front_matter_is_the_text_that_huggingface_hub_writes():
+    names = {
+        "base_model": "org/Grüße: 日本",
+        "base_model_relation": "finetune",
+        "adapters": ["a #1", "no", "1.0"],
+    }
+    cards = [parse_card(BASE.replace("facebook", "émoji 👀")), parse_card(ADAPTER)]
+    text = front_matter(names, *cards[:1], cards[1:], ["merged"])
+    card = ModelCardData(**yaml.safe_load(text))
+    assert text == card.to_yaml(line_break="\n", original_order=list(yaml.safe_load(text)))
+    assert list(yaml.safe_load(text))[:3] == list(names)
+    assert "👀" in text
 
 
 def test_the_card_shows_how_the_model_is_loaded_and_served(merge):
