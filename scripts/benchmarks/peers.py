@@ -140,6 +140,14 @@ def axolotl(programs: Path, job: Job) -> list[str]:
     return [str(programs / "axolotl"), "merge-lora", str(config)]
 
 
+def unsloth(programs: Path, job: Job) -> list[str]:
+    """Merge as the documentation of Unsloth does it, which has a way for CPUs."""
+    script = Path(__file__).with_name("unsloth_merge.py")
+    return [
+        str(programs / "python"), str(script), str(job.base), str(job.adapter), str(job.out), job.dtype,
+    ]  # fmt: skip
+
+
 PEERS = {
     peer.name: peer
     for peer in (
@@ -167,6 +175,14 @@ PEERS = {
             "the base's own shards",
             weights="merged",
             environment={"AXOLOTL_DO_NOT_TRACK": "1"},
+        ),
+        Peer(
+            "unsloth",
+            "unsloth",
+            ("unsloth",),
+            unsloth,
+            "a checkpoint saved by transformers",
+            environment={"UNSLOTH_SKIP_TORCHVISION_CHECK": "1", "UNSLOTH_DISABLE_STATISTICS": "1"},
         ),
     )
 }
