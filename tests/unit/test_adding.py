@@ -63,6 +63,22 @@ def test_what_is_not_finite_is_left_to_torch(what):
     assert not add(base, torch.empty_like(base), Product(left, right, 1.0))
 
 
+@pytest.mark.parametrize("column", [0, 130, 639])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("step", "is_finite"), [(2.0**119 * (1 - 2**-14), True), (2.0**119, False)])
+def test_the_largest_number_is_finite_and_half_a_step_more_is_not(step, is_finite, sign, column):
+    base, left, right = drawn(70, 641, 8)
+    base[66, column] = sign * torch.finfo(torch.bfloat16).max
+    left[66], right[:, column] = 0, 0
+    left[66, 3], right[3, column] = sign * step, 1
+    right[3, :column], right[3, column + 1 :] = 0, 0
+    out = torch.empty_like(base)
+    assert add(base, out, Product(left, right, 1.0)) == is_finite
+    assert bool(wanted(base, left, right, 1.0).isfinite().all()) == is_finite
+    if is_finite:
+        assert torch.equal(out, wanted(base, left, right, 1.0))
+
+
 @pytest.mark.parametrize("rank", [1, _RANKS.stop])
 def test_other_ranks_are_left_to_torch(rank):
     base, left, right = drawn(70, 640, rank)
