@@ -62,6 +62,11 @@ class Evidence:
         """Return the slots of a step, by role, as tensors that can be read."""
         return {role: replace(slot, file=self.file_of(slot.file)) for role, slot in writes.items()}
 
+    @cached_property
+    def slots(self) -> dict[str, TensorRef]:
+        """The place of every tensor that the plan writes, by its name."""
+        return {slot.name: slot for step in self.plan.steps for slot in step.slots}
+
     @property
     def n_projected(self) -> int:
         """The number of rows of merged tensors that projections have checked."""

@@ -167,9 +167,8 @@ def _written(evidence: Evidence, step: Step) -> Weight:
     slots = dict(step.writes)
     if step.op.on_stored_grid:
         # Only the codes are the step's own. The other parts are copies, under the names that they have in the base.
-        by_name = {slot.name: slot for other in evidence.plan.steps for slot in other.slots}
         for role, part in step.op.source.parts.items():
-            slots.setdefault(role, by_name[part.name])
+            slots.setdefault(role, evidence.slots[part.name])
     return Weight(step.name, step.shape, step.op.target, evidence.stored_at(slots))
 
 
