@@ -20,11 +20,11 @@ from lora_merge.checks.spans import Basis, Spans
 from lora_merge.core.report import error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence  # noqa: TC004 - a field's type, never evaluated
+    from collections.abc import Callable, Iterator, Sequence  # noqa: TC004 - a field's type, never evaluated
 
     import torch  # noqa: TC004 - a field's type, never evaluated
 
-    from lora_merge.checks.formulas import Value  # noqa: TC004 - a field's type, never evaluated
+    from lora_merge.checks.bounds import Wanted
     from lora_merge.checks.reading import Tensors
     from lora_merge.core.plan import Merge
     from lora_merge.core.report import Issue
@@ -77,21 +77,32 @@ class _Sums:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class _Rows:
     """Some rows of a merged weight, all float64 ``[rows, columns]``."""
 
     numbers: Sequence[int]
     stored: torch.Tensor
+    before: torch.Tensor
+    """The base's."""
+
+    wanted: torch.Tensor
+    off: torch.Tensor
+    around: _Around | None
+    """None where no more is asked than what was recorded."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Around:
+    """The numbers around wanted values, all float64 ``[rows, columns]``."""
+
     nearest: torch.Tensor
     """What would be stored if each value became the nearest number."""
 
     gaps: torch.Tensor
-    """Between the two numbers beside each wanted value; infinite beyond the last of a grid."""
+    """Between the two numbers beside each wanted value."""
 
-    before: torch.Tensor
-    """The base's."""
-
-    wanted: Value
+    inside: torch.Tensor | None
+    """1.0 for values that have numbers on both sides, and 0.0 for others; None where all have."""
 
 
 @dataclass(slots=True, eq=False)
@@ -116,6 +127,13 @@ class _Seen:
         self.off += other.off
         self.size += other.size
         self.change += other.change
+
+
+def _squares(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the squares of each row."""
+    import torch
+
+    return torch.linalg.vecdot(values, values)
 
 
 class Effect:
@@ -154,11 +172,20 @@ class Effect:
             return torch.zeros(1, 1, dtype=torch.bool)
         return self._spans.mask(rows)
 
-    def add(self, rows: Rows) -> None:
-        """Look at some rows."""
+    def add(self, numbers: Sequence[int], before: torch.Tensor, wanted: Wanted) -> None:
+        """Look at some rows.
+
+        Args:
+            numbers: of the rows.
+            before: the base's, float64 ``[rows, columns]``.
+            wanted: what they should be, and what is stored.
+        """
         assert self._spans is not None
-        self._sums.n_rows += len(rows.numbers)
-        for own, columns, basis, outputs, inputs in self._pieces(rows.numbers):
+        # Whether the nearest numbers would do as well is a question to a rounding that should do better.
+        around = _Around(wanted.nearest(), *wanted.steps()) if self._is_adapter else None
+        rows = _Rows(numbers, wanted.stored.values, before, wanted.exact, wanted.off, around)
+        self._sums.n_rows += len(numbers)
+        for own, columns, basis, outputs, inputs in self._pieces(numbers):
             seen = self._seen(rows, own, columns, basis.rows[:, inputs])
             self._sums.n_values += len(own) * (columns.stop - columns.start)
             if not self._spans.along:
@@ -198,26 +225,47 @@ class Effect:
             else:
                 yield own, slice(0, view.columns), basis, numbers[own] - first, slice(None)
 
-    def _seen(self, rows: Rows, own: torch.Tensor, columns: slice, basis: torch.Tensor) -> _Seen:
+    def _seen(self, rows: _Rows, own: torch.Tensor, columns: slice, basis: torch.Tensor) -> _Seen:
         def cut(values: torch.Tensor) -> torch.Tensor:
-            found = values[own][:, columns]
+            found = (values if len(own) == len(values) else values[own])[:, columns]
             return found.T if self._spans is not None and self._spans.along else found
 
-        wanted, off, stored, before = map(cut, (*rows.wanted, rows.stored, rows.before))
-        error, change, gaps = stored - wanted, wanted - before, cut(rows.gaps)
-        nearest, is_beyond = cut(rows.nearest) - wanted, gaps.isinf()
-        # A plain number is a float32 already, and its error is exact.
-        numbers = 0.0 if self._op.target.is_dense else _NUMBERS * _FLOAT32 * (wanted.abs() + stored.abs())
+        wanted, off, stored, before = map(cut, (rows.wanted, rows.off, rows.stored, rows.before))
+        error, change = stored - wanted, wanted - before
+        length = wanted.abs()
+        # What float32 may make wrong of the error and of the effect. A plain number is a float32 already, and its error is exact.
+        error_off = off
+        if not self._op.target.is_dense:
+            error_off = off.add(stored.abs().add_(length), alpha=_NUMBERS * _FLOAT32)
+        effect_off = off.add(before.abs().add_(length), alpha=_FLOAT32)
+        nearest, within, gaps = self._around(rows.around, cut, wanted, basis)
         return _Seen(
             error @ basis.T,
-            nearest @ basis.T,
-            nearest.masked_fill(is_beyond, 0) @ basis.T,
-            gaps.masked_fill(is_beyond, 0).square().sum(1),
+            nearest,
+            within,
+            gaps,
             change @ basis.T,
-            (off + numbers).square().sum(1),
-            error.square().sum(1),
-            change.square().sum(1) + (off + _FLOAT32 * (wanted.abs() + before.abs())).square().sum(1),
+            _squares(error_off),
+            _squares(error),
+            _squares(change).add_(_squares(effect_off)),
         )
+
+    def _around(
+        self,
+        around: _Around | None,
+        cut: Callable[[torch.Tensor], torch.Tensor],
+        wanted: torch.Tensor,
+        basis: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the three of `_Seen` that are about the numbers around."""
+        if around is None:
+            return (wanted.new_zeros(len(wanted), 0),) * 2 + (wanted.new_zeros(len(wanted)),)
+        nearest, gaps = cut(around.nearest) - wanted, cut(around.gaps)
+        if around.inside is None:
+            seen = nearest @ basis.T
+            return seen, seen.clone(), _squares(gaps)
+        inside = cut(around.inside)
+        return nearest @ basis.T, (nearest * inside) @ basis.T, _squares(gaps * inside)
 
     def _count(self, seen: _Seen, basis: Basis, outputs: torch.Tensor) -> None:
         """Add what some outputs see to the sums."""

@@ -306,9 +306,9 @@ FORMULAS: Mapping[str, Callable[[Site, PlacedDelta, Sequence[int], Value], Value
 recomputed, and verification says so."""
 
 
-def changed(site: Site, deltas: Sequence[PlacedDelta]) -> Value:
-    """Return the rows with every delta applied in turn, each by its adapter's weight."""
-    value = site.start(site.rows)
+def changed(site: Site, deltas: Sequence[PlacedDelta], start: Value) -> Value:
+    """Return the rows with every delta applied in turn to what they are before, each by its adapter's weight."""
+    value = start
     for delta in deltas:
         after = _after(site, delta, value)
         # The change that the delta makes is weighted, not the value that it leaves.
@@ -344,7 +344,7 @@ def times(factor: float, value: Value) -> Value:
     return factor * value[0], abs(factor) * (value[1] + _FLOAT32 * value[0].abs()) + _UNDERFLOW
 
 
-def combined(site: Site) -> list[Value]:
+def combined(site: Site, start: Value) -> list[Value]:
     """Return every value that a combination may have given an element.
 
     Each is the base plus the sum of some adapters' changes (dare), or their mean (ties), scaled up where the
@@ -352,11 +352,10 @@ def combined(site: Site) -> list[Value]:
     """
     how = site.op.combination
     assert how is not None
-    start = site.start(site.rows)
     changes = []
     for adapter in sorted({delta.adapter for delta in site.op.deltas}):
         own = [delta for delta in site.op.deltas if delta.adapter == adapter]
-        alone = changed(site, [replace(delta, adapter_weight=1.0) for delta in own])
+        alone = changed(site, [replace(delta, adapter_weight=1.0) for delta in own], start)
         changes.append(times(own[0].adapter_weight, minus(alone, start)))
     found = []
     # Every subset of the adapters, the empty one too: all changes of an element may have been dropped.

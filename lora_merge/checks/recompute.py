@@ -6,15 +6,16 @@ Files are parsed again, rows are whole, and the formula is written out.
 from __future__ import annotations
 
 import contextlib
+from functools import reduce
 from itertools import groupby
 from math import isfinite
-from operator import itemgetter
+from operator import itemgetter, or_
 from typing import TYPE_CHECKING
 
-from lora_merge.checks.bounds import gaps_at, is_explained, nearest_values
+from lora_merge.checks.bounds import Wanted
 from lora_merge.checks.choosing import chosen_rows, has_formula
 from lora_merge.checks.decoding import DECODERS
-from lora_merge.checks.effect import Effect, Rows
+from lora_merge.checks.effect import Effect
 from lora_merge.checks.formulas import Site, changed, combined
 from lora_merge.checks.reading import Reader
 from lora_merge.core.plan import Merge
@@ -136,23 +137,23 @@ class _Compared:
         op = self._op
         site = Site(self._reader, op, rows, op.between_dtype)
         stored = self._reader.written(self._written, rows, op.view.n_rows)
-        candidates = combined(site) if op.combination is not None else [changed(site, op.deltas)]
+        start = site.start(rows)
+        candidates = (
+            combined(site, start) if op.combination is not None else [changed(site, op.deltas, start)]
+        )
+        wanted = [Wanted(op, stored, exact, off) for exact, off in candidates]
         is_moved = torch.ones(1, 1, dtype=torch.bool) if effect is None else effect.moved(rows)
-        wrong = stored.level.new_ones(stored.level.shape, dtype=torch.bool)
-        for exact, off in candidates:
-            # A combination may have chosen any of the candidates: a value is wrong when it fits none.
-            wrong &= ~is_explained(op, stored, exact, off, is_moved=is_moved)
-        if op.on_stored_grid and wrong.any():
+        # A combination may have chosen any of the candidates: a value is wrong when it fits none.
+        wrong = ~reduce(or_, (one.is_explained(is_moved) for one in wanted))
+        is_wrong = bool(wrong.any())
+        if op.on_stored_grid and is_wrong:
             # A group whose scale is 0 keeps its codes, and what they stand for.
-            wrong &= (stored.parts[1] != 0) | (stored.values != site.base(rows))
-        if wrong.any():
+            wrong &= (stored.parts[1] != 0) | (stored.values != start[0])
+            is_wrong = bool(wrong.any())
+        if is_wrong:
             return _told(self._step.name, rows, stored.values, candidates[-1][0], wrong)
         if effect is not None and effect.is_asked:
-            wanted = candidates[0]
-            is_nearest = op.rounding is None
-            nearest = stored.values if is_nearest else nearest_values(op, stored, wanted[0])
-            gaps = gaps_at(op, stored, wanted[0])
-            effect.add(Rows(rows, stored.values, nearest, gaps, site.base(rows), wanted))
+            effect.add(rows, start[0], wanted[0])
         return None
 
 

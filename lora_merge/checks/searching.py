@@ -38,7 +38,7 @@ def places(table: torch.Tensor, numbers: torch.Tensor, *, right: bool = False) -
     """
     import torch
 
-    steps = _unit_steps(table.numpy().tobytes())
+    steps = unit_steps(table.numpy().tobytes())
     if steps is not None:
         return _by_floor(steps, len(table), numbers, is_right=right)
     if len(table) >= _FEW:
@@ -49,7 +49,7 @@ def places(table: torch.Tensor, numbers: torch.Tensor, *, right: bool = False) -
 
 
 @lru_cache(maxsize=32)
-def _unit_steps(content: bytes) -> float | None:
+def unit_steps(content: bytes) -> float | None:
     """Return the first entry of a table whose entries are 1 apart, all of them whole or all of them halves; else None."""
     import torch
 

@@ -72,7 +72,27 @@ class Levels:
     @property
     def values(self) -> torch.Tensor:
         """What is stored, float64 ``[len(rows), columns]``."""
-        return (self.level - self.zero) * self.scale + self.bias
+        return self.meant(self.level)
+
+    def meant(self, level: torch.Tensor) -> torch.Tensor:
+        """Return the values that levels stand for."""
+        # Most storages have no zero points and no biases, and a pass over all values takes time.
+        if not isinstance(self.zero, float) or self.zero:
+            level = level - self.zero
+        found = level * self.scale
+        return found + self.bias if not isinstance(self.bias, float) or self.bias else found
+
+    def numbers(self, values: torch.Tensor) -> torch.Tensor:
+        """Return where values are among the levels: the inverse of `meant`."""
+        if not isinstance(self.bias, float) or self.bias:
+            values = values - self.bias
+        found = values / self.scale
+        return found + self.zero if not isinstance(self.zero, float) or self.zero else found
+
+    def at(self, places: tuple[torch.Tensor, ...]) -> Levels:
+        """Return some of the values: their rows, and their columns."""
+        level, scale, zero, bias = (part[places] for part in self.parts)
+        return Levels(level, self.table, scale, zero, bias)
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
