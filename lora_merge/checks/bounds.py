@@ -199,7 +199,6 @@ def _numbers(
     """Return between which numbers a value lies among the levels, float64 ``[rows, columns]`` each."""
     import torch
 
-
     _, scale, zero, bias = stored.parts
     ends = exact - off, exact + off
     found = [stored.numbers(end) for end in ends]

@@ -32,6 +32,7 @@ _UNDERFLOW = 2.0**-149
 """Smallest subnormal of float32: below 2⁻¹²⁶ each of its roundings is off by up to half of that, however small the value."""
 
 CHUNK_ROWS = 256
+"""Rows of a weight that are looked at together."""
 
 Value = tuple["torch.Tensor", "torch.Tensor"]
 """Float64 values, and the largest error that float32 may have made in each."""
@@ -131,7 +132,8 @@ def _stacked(site: Site, delta: PlacedDelta, rows: Sequence[int]) -> Value:
 
 def _multiplied(left: torch.Tensor, right: torch.Tensor) -> Value:
     """Return BA and Σ|bᵢaᵢ|. The second includes an underflow of B, where the scale was multiplied into it first."""
-    return left @ right, left.abs() @ right.abs() + _UNDERFLOW / _FLOAT32 * right.abs().sum(0)
+    sizes = right.abs()
+    return left @ right, (left.abs() @ sizes).add_(_UNDERFLOW / _FLOAT32 * sizes.sum(0))
 
 
 def sides(
@@ -207,7 +209,8 @@ def _scaled(
     site: Site, delta: PlacedDelta, product: torch.Tensor, magnitude: torch.Tensor, rank: int
 ) -> Value:
     scale = delta.effective_scale
-    change, error = scale * product, (rank + 5) * _FLOAT32 * abs(scale) * magnitude
+    # In place: they were made for this, and passes over all values take time.
+    change, error = product.mul_(scale), magnitude.mul_((rank + 5) * _FLOAT32 * abs(scale))
     # Each of the products and sums may underflow once.
     error += (abs(scale) * rank + 2) * _UNDERFLOW
     # PEFT rounds this delta to the weight's dtype before it adds it.
@@ -241,7 +244,8 @@ def _sum(site: Site, delta: PlacedDelta, rows: Sequence[int], current: Value) ->
 
 def plus(one: Value, other: Value) -> Value:
     """Return the sum of two values. Float32 rounds it once."""
-    return one[0] + other[0], one[1] + other[1] + _FLOAT32 * (one[0].abs() + other[0].abs())
+    sizes = one[0].abs().add_(other[0].abs())
+    return one[0] + other[0], sizes.mul_(_FLOAT32).add_(one[1] + other[1])
 
 
 def _dora(site: Site, delta: PlacedDelta, rows: Sequence[int], current: Value) -> Value:

@@ -104,8 +104,13 @@ class Levels:
 
     def split(self, lines: Lines, stored: StoredRows) -> Levels:
         """Return levels of lines as levels of the rows that the weight is divided into."""
-        level, scale, zero, bias = (lines.as_rows(part, stored) for part in self.parts)
-        return Levels(level, self.table, scale, zero, bias)
+        if lines.count == stored.n_rows:
+            return self
+        scale, zero, bias = (
+            part if isinstance(part, float) else lines.as_rows(part.expand_as(self.level), stored)
+            for part in (self.scale, self.zero, self.bias)
+        )
+        return Levels(lines.as_rows(self.level, stored), self.table, scale, zero, bias)
 
     @classmethod
     def joined(cls, several: Sequence[Levels]) -> Levels:

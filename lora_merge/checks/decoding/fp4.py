@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from itertools import groupby
 from math import nan
-from typing import TYPE_CHECKING
 
 from lora_merge.checks.decoding.decoder import Levels, Lines, StoredRows, setting, text
-from lora_merge.checks.decoding.raw import E2M1, e2m1
+from lora_merge.checks.decoding.raw import e2m1, e2m1_codes, looked_up
 from lora_merge.core.weight import WEIGHT
-
-if TYPE_CHECKING:
-    import torch
 
 _MX_GROUP = 32
 _DTYPES = {"E8M0": "F8_E8M0", "E4M3": "F8_E4M3"}
@@ -34,7 +30,7 @@ def fp4(stored: StoredRows) -> Levels:
             shared = shared[torch.tensor([n // lines.height for n in lines.numbers])].view(-1, 1)
         scale = scale / shared if how == "divide" else scale * shared
     scale = scale.repeat_interleave(setting(stored, "group"), 1)
-    return Levels(_e2m1(codes), e2m1(), scale).split(lines, stored)
+    return Levels(looked_up(e2m1_codes(), codes), e2m1(), scale).split(lines, stored)
 
 
 def mxfp4_experts(stored: StoredRows) -> Levels:
@@ -57,11 +53,5 @@ def mxfp4_experts(stored: StoredRows) -> Levels:
         scales = stored.part("scale", outputs, count, (first, last)).floats("F8_E8M0")
         inside = inputs - _MX_GROUP * first
         codes = blocks.content[:, inside // 2].long() >> 4 * (inside % 2) & 15
-        found.append(Levels(_e2m1(codes).T, e2m1(), scales[:, inside // _MX_GROUP].T))
+        found.append(Levels(looked_up(e2m1_codes(), codes).T, e2m1(), scales[:, inside // _MX_GROUP].T))
     return Levels.joined(found).split(lines, stored)
-
-
-def _e2m1(codes: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return torch.tensor(E2M1, dtype=torch.float64)[codes]

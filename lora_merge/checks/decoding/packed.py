@@ -24,28 +24,32 @@ if TYPE_CHECKING:
 def packed_int(stored: StoredRows) -> Levels:
     """Return ``(q - z) · s`` of compressed-tensors' ``pack-quantized``. Codes and zeros are stored with 2ᵇ⁻¹ added to them."""
     lines, bits = Lines.of(stored), setting(stored, "bits")
-    codes = stored.part(WEIGHT, lines.numbers, lines.count).fields(bits)[:, : lines.width] - (1 << bits - 1)
+    half = 1 << bits - 1
+    codes = stored.part(WEIGHT, lines.numbers, lines.count).fields(bits)[:, : lines.width].double().sub_(half)
     scale = stored.part("scale", lines.numbers, lines.count).floats()
-    groups = _groups(stored, lines)
-    zero = _zeros(stored, lines, bits).gather(1, groups).double() if setting(stored, "zero") else 0.0
-    table = integers(-(1 << bits - 1), (1 << bits - 1) - 1)
-    return Levels(codes.double(), table, scale.gather(1, groups), zero).split(lines, stored)
+    index = _index(stored, lines) if setting(stored, "g_idx") else None
+
+    def spread(groups: torch.Tensor) -> torch.Tensor:
+        if index is not None:
+            return groups.gather(1, index)
+        return groups.repeat_interleave(setting(stored, "group") or lines.width, 1)[:, : lines.width]
+
+    zero = spread(_zeros(stored, lines, bits)).double() if setting(stored, "zero") else 0.0
+    return Levels(codes, integers(-half, half - 1), spread(scale), zero).split(lines, stored)
 
 
-def _groups(stored: StoredRows, lines: Lines) -> torch.Tensor:
-    """Return the group of each value, int64 ``[lines, width]``: as the part ``g_idx`` says, or by its place.
+def _index(stored: StoredRows, lines: Lines) -> torch.Tensor:
+    """Return the group of each value, int64 ``[lines, width]``, as the part ``g_idx`` says.
 
     An index of -1 was never filled, so that the groups are in order.
     """
     import torch
 
     size = setting(stored, "group") or lines.width
-    in_order = (torch.arange(lines.width) // size).expand(len(lines.numbers), -1)
-    if setting(stored, "g_idx"):
-        raw, places = gathered(stored, "g_idx", [n // lines.height for n in lines.numbers], lines.n_matrices)
-        index = raw.integers()[places]
-        return torch.where(index.amin(1, keepdim=True) < 0, in_order, index)
-    return in_order
+    in_order = torch.arange(lines.width) // size
+    raw, places = gathered(stored, "g_idx", [n // lines.height for n in lines.numbers], lines.n_matrices)
+    index = raw.integers()[places]
+    return torch.where(index.amin(1, keepdim=True) < 0, in_order, index)
 
 
 def _zeros(stored: StoredRows, lines: Lines, bits: int) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Raw:
         if known in _WIDE:
             return self.content.view(getattr(torch, _WIDE[known])).double()
         if known in _BYTES:
-            return _table(known)[self.content.long()]
+            return looked_up(_table(known), self.content)
         return self.integers().double()
 
     def integers(self) -> torch.Tensor:
@@ -68,6 +68,10 @@ class Raw:
         import torch
 
         rows, n_bytes = self.content.shape
+        if bits == 4:
+            # The high half of a byte, moved up, is the byte after the low half.
+            pairs = self.content.short()
+            return (pairs | pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8).long()
         if 8 % bits == 0:
             # None crosses the border of two bytes, so each is cut out of its own.
             shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
@@ -84,6 +88,11 @@ class Raw:
     def nibbles(self) -> torch.Tensor:
         """Return numbers of four bits, int64 ``[rows, 2 · bytes]``; the low half of a byte is the first."""
         return self.fields(4)
+
+
+def looked_up(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Return what each code stands for. `torch.index_select` takes a third of the time of brackets."""
+    return table.index_select(0, codes.long().flatten()).view(codes.shape)
 
 
 @cache
@@ -105,6 +114,14 @@ def distinct(values: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.tensor(sorted({value for value in values.tolist() if isfinite(value)}), dtype=torch.float64)
+
+
+@cache
+def e2m1_codes() -> torch.Tensor:
+    """Return the value of each code of E2M1, float64 ``[16]``."""
+    import torch
+
+    return torch.tensor(E2M1, dtype=torch.float64)
 
 
 @cache
