@@ -133,7 +133,8 @@ def _squares(values: torch.Tensor) -> torch.Tensor:
     """Return the sum of the squares of each row."""
     import torch
 
-    return torch.linalg.vecdot(values, values)
+    found: torch.Tensor = torch.linalg.vecdot(values, values)
+    return found
 
 
 class Effect:
@@ -208,18 +209,12 @@ class Effect:
 
         assert self._spans is not None
         view, numbers = self._op.view, torch.tensor(rows)
-        for first, last, looks in self._spans.ranges:
-            if self._spans.along:
-                matrix, left = divmod(first, view.columns)
-                own = (numbers // view.rows == matrix).nonzero().flatten()
-            else:
-                own = ((numbers >= first) & (numbers < last)).nonzero().flatten()
-            if not len(own):
-                continue
+        for first, last, looks, own in self._spans.pieces(rows):
             basis = self._spans.basis(first, last, looks)
             if basis is None:
                 continue
             if self._spans.along:
+                left = first % view.columns
                 columns, outputs = slice(left, left + last - first), torch.arange(first, last)
                 yield own, columns, basis, outputs, numbers[own] % view.rows
             else:

@@ -113,20 +113,36 @@ class Spans:
         return is_adapter and self.along and not op.target.is_dense and last - first != self.n_outputs
 
     def mask(self, rows: Sequence[int]) -> torch.Tensor:
-        """Return which values of some rows are in a span: bool ``[rows, columns]``."""
+        """Return which values of some rows are in a span: bool, broadcast to ``[rows, columns]``."""
         import torch
 
         view = self._op.view
-        found = torch.zeros(len(rows), view.columns, dtype=torch.bool)
-        numbers = torch.tensor(rows)
-        for first, last, _ in self.ranges:
+        found = torch.zeros(len(rows), view.columns if self.along else 1, dtype=torch.bool)
+        for first, last, _, own in self.pieces(rows):
             if self.along:
-                matrix, left = divmod(first, view.columns)
-                own = (numbers // view.rows == matrix).nonzero().flatten()
+                left = first % view.columns
                 found[own, left : left + last - first] = True
             else:
-                found[(numbers >= first) & (numbers < last)] = True
+                found[own] = True
         return found
+
+    def pieces(self, rows: Sequence[int]) -> Iterator[tuple[int, int, tuple[int, ...], torch.Tensor]]:
+        """Yield each range that has some of the rows, with which of them it has."""
+        import torch
+
+        view, numbers = self._op.view, torch.tensor(rows)
+        low, high = min(rows), max(rows)
+        for first, last, looks in self.ranges:
+            if self.along:
+                matrix = first // view.columns
+                top, bottom = matrix * view.rows, (matrix + 1) * view.rows
+            else:
+                top, bottom = first, last
+            # Of hundreds of experts most have none of the rows.
+            if top <= high and low < bottom:
+                own = ((numbers >= top) & (numbers < bottom)).nonzero().flatten()
+                if len(own):
+                    yield first, last, looks, own
 
     def basis(self, first: int, last: int, own: tuple[int, ...]) -> Basis | None:
         """Return the basis of a range; None where all of its factors are zero."""
