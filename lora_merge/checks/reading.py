@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+from collections import OrderedDict
 from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, BinaryIO, Protocol
@@ -31,6 +32,9 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _TOGETHER_BYTES = 8192
 """Rows of up to so many bytes are read whole where only a part of each is wanted: one read is faster than a thousand."""
 
+_KEPT_BYTES = 64 << 20
+"""Factors that are kept, since they are asked for again; of larger ones the last."""
+
 Within = tuple[int, int] | None
 """The first byte of each row that is wanted, and the one after the last; None for all of them."""
 
@@ -55,16 +59,23 @@ class Reader:
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
         self._open: dict[str, _Safetensors | _Pickled] = {}
-        self._last: tuple[TensorRef, torch.Tensor] | None = None
+        self._kept: OrderedDict[tuple[TensorRef, range], torch.Tensor] = OrderedDict()
+        self._kept_bytes = 0
 
     def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Return a tensor as a float64 matrix, a row for each entry of its first axis; all rows or some."""
-        if rows is not None:
+        if rows is not None and not isinstance(rows, range):
             return self.source(ref, rows, ref.shape[0])
-        # The last whole one is kept: each expert of a stack asks for the same.
-        if self._last is None or self._last[0] != ref:
-            self._last = ref, self.source(ref, range(ref.shape[0]), ref.shape[0])
-        return self._last[1]
+        # The last ones are kept: each expert of a stack asks for the same, and so do the rows of a weight, one part after the other.
+        rows = range(ref.shape[0]) if rows is None else rows
+        key = ref, rows
+        if key not in self._kept:
+            self._kept[key] = self.source(ref, rows, ref.shape[0])
+            self._kept_bytes += self._kept[key].nbytes
+            while len(self._kept) > 1 and self._kept_bytes > _KEPT_BYTES:
+                self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
     def weight(self, weight: Weight, rows: Sequence[int], n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return some rows of a weight of the base, decoded to float64 ``[len(rows), columns]``, and the largest error

@@ -139,10 +139,13 @@ class Decoder:
     slack: Callable[[StoredRows, torch.Tensor], torch.Tensor] | None = None
     """How far float32 may be from the values, when it decodes them; None where it makes no error."""
 
+    is_across: bool = False
+    """True where rows of the weight lie across those of its parts: to read one takes about as long as to read many."""
+
 
 def products(n: int) -> Callable[[StoredRows, torch.Tensor], torch.Tensor]:
     """Return the error of ``n`` float32 products in a row: each is off by 2⁻²⁴ of itself at most, plus underflow."""
-    return lambda _, values: n * (FLOAT32 * values.abs() + UNDERFLOW)
+    return lambda _, values: values.abs().mul_(n * FLOAT32).add_(n * UNDERFLOW)
 
 
 def setting(stored: StoredRows, name: str) -> int:
