@@ -107,7 +107,7 @@ class Wanted:
 
         A number between the limits has the stored level as its nearest, so the limits are on both sides of the level: it is a
         finite number, and what it was made from is finite too. Of a rounding for the adapter the number may be moved to the level
-        itself, since the steps at the limits are no smaller than the gap between them.
+        itself, since the steps at the limits are at least as large as the gap between them.
         """
         op, table, level = self.op, self.stored.table, self.stored.level
         assert table is not None
