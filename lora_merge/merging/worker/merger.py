@@ -189,6 +189,7 @@ class Merger:
             reader = stack.enter_context(WeightReader(op.source, op.view.n_rows))
             outputs = [self._output(n, order, tiles, stack) for n, order in enumerate(orders)]
             loop = Loop(bench, reader, watch)
+            watch.lap("prepare")
             for n, (start, end) in enumerate(tiles):
                 tile = reader.tile(start, end)
                 read = Parts(op.source.storage, reader.ranges(tile))
@@ -199,7 +200,11 @@ class Merger:
                     loop.tile(output, n, tile, read, shared)
             loop.finish()
             digests = reader.digests()
-        return [output.records(digests) for output in outputs]
+        # The last bytes of the slots are written when they are closed.
+        watch.lap("write")
+        found = [output.records(digests) for output in outputs]
+        watch.lap("check")
+        return found
 
     def _tiles(self, op: Merge) -> list[tuple[int, int]]:
         """Return the row ranges of a weight that are not empty."""
