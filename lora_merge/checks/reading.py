@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import bisect
 import json
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lora_merge.checks.decoding import DECODERS, Raw
 from lora_merge.core.tensor import STORED_TYPES
 from lora_merge.errors import CheckpointError
 from lora_merge.runtime.shortage import raise_if_out_of_memory
-from lora_merge.storage.reading import stream_of
+from lora_merge.storage.reading import read_unwatched, stream_of
 from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
     import contextlib
     from collections.abc import Sequence  # noqa: TC004 - a field's type, never evaluated
+    from typing import BinaryIO
 
     import torch
 
@@ -53,14 +55,40 @@ class Tensors(Protocol):
         """
 
 
+class _Kept:
+    """Factors that were read lately."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: OrderedDict[tuple[TensorRef, range], torch.Tensor] = OrderedDict()
+        self._nbytes = 0
+
+    def get(self, ref: TensorRef, rows: range) -> torch.Tensor | None:
+        """Return some rows of a tensor, if they are kept."""
+        with self._lock:
+            values = self._values.get((ref, rows))
+            if values is not None:
+                self._values.move_to_end((ref, rows))
+            return values
+
+    def put(self, ref: TensorRef, rows: range, values: torch.Tensor) -> None:
+        """Keep some rows of a tensor, and no longer those that were asked for longest ago."""
+        with self._lock:
+            # Another thread may have read the same meanwhile.
+            before = self._values.pop((ref, rows), None)
+            self._nbytes += values.nbytes - (before.nbytes if before is not None else 0)
+            self._values[ref, rows] = values
+            while len(self._values) > 1 and self._nbytes > _KEPT_BYTES:
+                self._nbytes -= self._values.popitem(last=False)[1].nbytes
+
+
 class Reader:
-    """Reads rows of stored tensors as float64. Files stay open until the stack closes."""
+    """Reads rows of stored tensors as float64. Files stay open until the stack closes. Several threads may read at once."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
-        self._stack = stack
+        self._stack, self._opening = stack, threading.Lock()
         self._open: dict[str, _Safetensors | _Pickled] = {}
-        self._kept: OrderedDict[tuple[TensorRef, range], torch.Tensor] = OrderedDict()
-        self._kept_bytes = 0
+        self._kept = _Kept()
 
     def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Return a tensor as a float64 matrix, a row for each entry of its first axis; all rows or some."""
@@ -68,14 +96,11 @@ class Reader:
             return self.source(ref, rows, ref.shape[0])
         # The last ones are kept: each expert of a stack asks for the same, and so do the rows of a weight, one part after the other.
         rows = range(ref.shape[0]) if rows is None else rows
-        key = ref, rows
-        if key not in self._kept:
-            self._kept[key] = self.source(ref, rows, ref.shape[0])
-            self._kept_bytes += self._kept[key].nbytes
-            while len(self._kept) > 1 and self._kept_bytes > _KEPT_BYTES:
-                self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        values = self._kept.get(ref, rows)
+        if values is None:
+            values = self.source(ref, rows, ref.shape[0])
+            self._kept.put(ref, rows, values)
+        return values
 
     def weight(self, weight: Weight, rows: Sequence[int], n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return some rows of a weight of the base, decoded to float64 ``[len(rows), columns]``, and the largest error
@@ -111,13 +136,14 @@ class Reader:
         return self._file(ref.file).raw_rows(ref.name, rows, n_rows, within)
 
     def _file(self, file: str) -> _Safetensors | _Pickled:
-        if file not in self._open:
-            source = self._stack.enter_context(open_source(file))
-            stream = stream_of(source)
-            # By its first bytes, whatever its name.
-            is_pickled = stream.read(4) == _ZIP_MAGIC
-            self._open[file] = _Pickled(source, stream) if is_pickled else _Safetensors(stream)
-        return self._open[file]
+        with self._opening:
+            if file not in self._open:
+                source = self._stack.enter_context(open_source(file))
+                stream = stream_of(source)
+                # By its first bytes, whatever its name.
+                is_pickled = stream.read(4) == _ZIP_MAGIC
+                self._open[file] = _Pickled(source, stream) if is_pickled else _Safetensors(source, stream)
+            return self._open[file]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +195,8 @@ class Factors:
             CheckpointError: the file cannot be read.
         """
         if ref not in self._kept:
-            with open_source(ref.file) as source, stream_of(source) as stream:
-                self._kept[ref] = _read(stream, ref.start, ref.nbytes, range(1), ref.dtype, wide=False).view(
+            with open_source(ref.file) as source:
+                self._kept[ref] = _read(source, ref.start, ref.nbytes, range(1), ref.dtype, wide=False).view(
                     ref.shape[0], -1
                 )
         whole = self._kept[ref]
@@ -186,10 +212,10 @@ class Factors:
 class _Safetensors:
     """A safetensors file, read by its own header. Nothing is mapped."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, source: Source, stream: BinaryIO) -> None:
         stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
-        self._stream, self._header, self._data_start = stream, json.loads(stream.read(length)), 8 + length
+        self._source, self._header, self._data_start = source, json.loads(stream.read(length)), 8 + length
         self._spans = sorted(
             (*row["data_offsets"], row["dtype"])
             for name, row in self._header.items()
@@ -198,17 +224,17 @@ class _Safetensors:
 
     def rows(self, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         start, nbytes, dtype = self._named(name)
-        return _read(self._stream, start, nbytes // n_rows, rows, dtype)
+        return _read(self._source, start, nbytes // n_rows, rows, dtype)
 
     def raw_rows(self, name: str, rows: Sequence[int], n_rows: int, within: Within) -> Raw:
         start, nbytes, dtype = self._named(name)
-        return _raw(self._stream, start, nbytes // n_rows, rows, dtype, within)
+        return _raw(self._source, start, nbytes // n_rows, rows, dtype, within)
 
     def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
-        return _read(self._stream, ref.start, ref.nbytes // n_rows, rows, self._dtype_at(ref.start))
+        return _read(self._source, ref.start, ref.nbytes // n_rows, rows, self._dtype_at(ref.start))
 
     def raw_source(self, ref: TensorRef, rows: Sequence[int], n_rows: int, within: Within) -> Raw:
-        return _raw(self._stream, ref.start, ref.nbytes // n_rows, rows, self._dtype_at(ref.start), within)
+        return _raw(self._source, ref.start, ref.nbytes // n_rows, rows, self._dtype_at(ref.start), within)
 
     def _named(self, name: str) -> tuple[int, int, str]:
         """Return the place, the bytes and the dtype of a tensor."""
@@ -232,7 +258,7 @@ class _Pickled:
 
         import torch
 
-        self._stream = stream
+        self._source = source
         is_local = source.fd is not None  # torch maps files of this machine only
         file = source.text
         stream.seek(0)
@@ -252,7 +278,7 @@ class _Pickled:
     def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         if ref.name in self._tensors:
             return self.rows(ref.name, rows, n_rows)
-        return _read(self._stream, ref.start, ref.nbytes // n_rows, rows, ref.dtype)
+        return _read(self._source, ref.start, ref.nbytes // n_rows, rows, ref.dtype)
 
     def raw_rows(self, name: str, rows: Sequence[int], n_rows: int, within: Within) -> Raw:
         import torch
@@ -264,39 +290,42 @@ class _Pickled:
     def raw_source(self, ref: TensorRef, rows: Sequence[int], n_rows: int, within: Within) -> Raw:
         if ref.name in self._tensors:
             return self.raw_rows(ref.name, rows, n_rows, within)
-        return _raw(self._stream, ref.start, ref.nbytes // n_rows, rows, ref.dtype, within)
+        return _raw(self._source, ref.start, ref.nbytes // n_rows, rows, ref.dtype, within)
 
 
 def _read(
-    stream: BinaryIO, start: int, n_bytes: int, rows: Sequence[int], dtype: str, *, wide: bool = True
+    source: Source, start: int, n_bytes: int, rows: Sequence[int], dtype: str, *, wide: bool = True
 ) -> torch.Tensor:
     """Return rows of ``n_bytes`` each, read at their places in a file, as numbers."""
-    return _values(_content(stream, start, n_bytes, rows), dtype, len(rows), wide=wide)
+    return _values(_content(source, start, n_bytes, rows), dtype, len(rows), wide=wide)
 
 
-def _raw(stream: BinaryIO, start: int, n_bytes: int, rows: Sequence[int], dtype: str, within: Within) -> Raw:
+def _raw(source: Source, start: int, n_bytes: int, rows: Sequence[int], dtype: str, within: Within) -> Raw:
     """Return rows of ``n_bytes`` each, or a part of each, read at their places in a file."""
     import torch
 
     first, last = within or (0, n_bytes)
     if last - first < n_bytes and n_bytes > _TOGETHER_BYTES:
-        content = b"".join(_at(stream, start + row * n_bytes + first, last - first) for row in rows)
+        content = bytearray().join(_at(source, start + row * n_bytes + first, last - first) for row in rows)
         first, last, n_bytes = 0, last - first, last - first
     else:
-        content = _content(stream, start, n_bytes, rows)
-    whole = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(len(rows), n_bytes)
+        content = _content(source, start, n_bytes, rows)
+    whole = torch.frombuffer(content, dtype=torch.uint8).view(len(rows), n_bytes)
     return Raw(whole[:, first:last].contiguous(), dtype)
 
 
-def _content(stream: BinaryIO, start: int, n_bytes: int, rows: Sequence[int]) -> bytes:
+def _content(source: Source, start: int, n_bytes: int, rows: Sequence[int]) -> bytearray:
     """Return the bytes of some rows, one after the other."""
     runs = _runs(rows)
-    return b"".join(_at(stream, start + first * n_bytes, (last - first) * n_bytes) for first, last in runs)
+    found = [_at(source, start + first * n_bytes, (last - first) * n_bytes) for first, last in runs]
+    return found[0] if len(found) == 1 else bytearray().join(found)
 
 
-def _at(stream: BinaryIO, start: int, n_bytes: int) -> bytes:
-    stream.seek(start)
-    return stream.read(n_bytes)
+def _at(source: Source, start: int, n_bytes: int) -> bytearray:
+    """Return some bytes at a place. They are read by their place, so that threads do not move each other's."""
+    content = bytearray(n_bytes)
+    read_unwatched(source, memoryview(content), start)
+    return content
 
 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
@@ -312,9 +341,9 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _values(content: bytes, dtype: str, n_rows: int, *, wide: bool) -> torch.Tensor:
+def _values(content: bytearray, dtype: str, n_rows: int, *, wide: bool) -> torch.Tensor:
     """Return stored values as float64 (wide) or float32, ``[n_rows, columns]``. Both are exact."""
     import torch
 
-    values = torch.frombuffer(bytearray(content), dtype=getattr(torch, STORED_TYPES[dtype]))
+    values = torch.frombuffer(content, dtype=getattr(torch, STORED_TYPES[dtype]))
     return (values.double() if wide else values.float()).view(n_rows, -1)
