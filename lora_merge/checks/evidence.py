@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_merge.core.plan import Merge, MergePlan
 from lora_merge.core.tensor import TensorRecord, TensorRef
+from lora_merge.executors.crew import ALONE, Crew
 from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.formats.weight_files import place_of
 from lora_merge.formats.written_checkpoint import read_output
@@ -53,6 +54,9 @@ class Evidence:
 
     elsewhere: Elsewhere = HERE
     """Where the weight files are, if not in `root`."""
+
+    crew: Crew = ALONE
+    """The threads that look at tensors."""
 
     def file_of(self, name: str) -> str:
         """Return the text that names a weight file of the output."""

@@ -55,8 +55,14 @@ def recompute(evidence: Evidence) -> Iterator[Issue]:
         ahead = (
             tasks if evidence.level == "full" else read_ahead(tasks, lambda task: _ranges(evidence, *task))
         )
-        for step, chunked in ahead:
-            yield from _Compared(reader, evidence, step).problems(chunked, survival.get(step.main.name))
+
+        def compared(task: tuple[Step, list[list[int]]]) -> Iterator[Issue | None]:
+            step, chunked = task
+            return _Compared(reader, evidence, step).problems(chunked, survival.get(step.main.name))
+
+        # Closed before the files are.
+        with contextlib.closing(evidence.crew.each(compared, ahead)) as found:
+            yield from filter(None, found)
 
 
 def _ranges(evidence: Evidence, step: Step, chunks: Sequence[list[int]]) -> Iterator[tuple[str, int, int]]:
@@ -116,17 +122,19 @@ class _Compared:
         self._reader, self._step, self._op = reader, step, step.op
         self._written = _written(evidence, step)
 
-    def problems(self, chunks: Sequence[list[int]], record: Survival | None) -> Iterator[Issue]:
+    def problems(self, chunks: Sequence[list[int]], record: Survival | None) -> Iterator[Issue | None]:
         """Yield an issue when some rows are further from the formula than rounding explains, or when rounding did another
-        thing to the adapter's effect than is recorded. After an error, the other chunks are skipped.
+        thing to the adapter's effect than is recorded; None after each chunk that is right. After an error, the other chunks
+        are skipped.
         """
         effect = None
         if self._op.deltas and self._op.combination is None and not _is_nearest(self._op):
             is_whole = sum(map(len, chunks)) == self._op.view.n_rows
             effect = Effect(self._reader, self._op, is_whole=is_whole)
         for rows in chunks:
-            if (problem := self._compare(rows, effect)) is not None:
-                yield problem
+            problem = self._compare(rows, effect)
+            yield problem
+            if problem is not None:
                 return
         if effect is not None and effect.is_asked and (problem := effect.problem(self._step.name, record)):
             yield problem

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.report import error, warning
 from lora_merge.core.tensor import shape_text
 from lora_merge.errors import CheckpointError
+from lora_merge.executors.crew import ALONE
 from lora_merge.formats.side_files import MAX_SIDE_BYTES
 from lora_merge.storage.digests import file_digest, is_of_file
 from lora_merge.storage.objects.checksums import file_checksum
@@ -17,21 +18,27 @@ if TYPE_CHECKING:
 
     from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRef
-    from lora_merge.formats.manifest import Manifest
+    from lora_merge.executors.crew import Crew
+    from lora_merge.formats.manifest import Manifest, RecordedTensor
     from lora_merge.formats.written_checkpoint import Output
 
 
-def recorded(output: Output, manifest: Manifest, digest: Callable[[TensorRef], str]) -> Iterator[Issue]:
+def recorded(
+    output: Output, manifest: Manifest, digest: Callable[[TensorRef], str], crew: Crew = ALONE
+) -> Iterator[Issue]:
     """Yield an issue for each tensor, and each file around the weights, that is not as the manifest recorded it.
 
     Args:
         output: the directory as it is now.
         manifest: of the output when it was made.
         digest: returns the digest of a tensor's bytes on the disk.
+        crew: the threads that take digests.
     """
     places = {ref.name: name for name, file in output.files.items() for ref in file.tensors}
     tensors = output.tensors()
-    for name, then in manifest.tensors.items():
+
+    def compared(item: tuple[str, RecordedTensor]) -> Iterator[Issue]:
+        name, then = item
         ref = tensors.get(name)
         if ref is None:
             yield error("missing-tensor", name, f"is missing, expected in {then.file}")
@@ -42,13 +49,15 @@ def recorded(output: Output, manifest: Manifest, digest: Callable[[TensorRef], s
             yield warning("moved-tensor", name, f"is in {places[name]}, expected in {then.file}")
         # Its whole file is compared below.
         elif is_of_file(then.digest):
-            continue
+            return
         elif (found := digest(ref)) != then.digest:
             yield error(
                 "wrong-digest",
                 name,
                 f"has changed since it was written: digest {found}, expected {then.digest}",
             )
+
+    yield from crew.each(compared, manifest.tensors.items())
     for name in tensors.keys() - manifest.tensors.keys():
         yield error("extra-tensor", name, f"is in {places[name]}, but the manifest does not list it")
     yield from _copied_by_store(output, manifest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_merge.core.plan import Copy
@@ -40,19 +41,8 @@ def untouched(evidence: Evidence) -> Iterator[Issue]:
         if evidence.level == "full" or slot.file not in evidence.elsewhere.compared
     ]
     # Blocks are small and apart, and merged tiles went past the page cache: each alone would wait for the disk.
-    for one in seen if is_whole else read_ahead(seen, _Seen.ranges):
-        record, ref, op = one.record, one.ref, one.step.op
-        if isinstance(op, Copy) and record is not None and is_of_file(record.digest):
-            # The store copied it, and nobody has read it so far.
-            record = replace(record, digest=evidence.digest(op.source))
-        if one.is_copy or (is_whole and record is not None and record.digest):
-            found, wanted = evidence.digest(ref), record.digest if record else None
-            if found != wanted:
-                what = "differs from the base" if one.is_copy else "has changed since it was written"
-                yield error("wrong-digest", ref.name, f"{what}: digest {found}, expected {wanted}")
-        # Digests of one tile in eight were taken while each was in the cache.
-        elif record is not None:
-            yield from _blocks(ref, record)
+    ahead = seen if is_whole else read_ahead(seen, _Seen.ranges)
+    yield from evidence.crew.each(partial(_compared, evidence, is_whole=is_whole), ahead)
     yield from _sealed(evidence)
 
 
@@ -72,6 +62,22 @@ class _Seen:
         """Yield the file, the first byte and the size of each block; of a copy nothing, which is read whole."""
         for at, nbytes, _ in self.record.blocks if self.record is not None and not self.is_copy else ():
             yield self.ref.file, self.ref.start + at, nbytes
+
+
+def _compared(evidence: Evidence, one: _Seen, *, is_whole: bool) -> Iterator[Issue]:
+    """Yield an issue if a tensor's bytes are not those that are recorded."""
+    record, ref, op = one.record, one.ref, one.step.op
+    if isinstance(op, Copy) and record is not None and is_of_file(record.digest):
+        # The store copied it, and nobody has read it so far.
+        record = replace(record, digest=evidence.digest(op.source))
+    if one.is_copy or (is_whole and record is not None and record.digest):
+        found, wanted = evidence.digest(ref), record.digest if record else None
+        if found != wanted:
+            what = "differs from the base" if one.is_copy else "has changed since it was written"
+            yield error("wrong-digest", ref.name, f"{what}: digest {found}, expected {wanted}")
+    # Digests of one tile in eight were taken while each was in the cache.
+    elif record is not None:
+        yield from _blocks(ref, record)
 
 
 def _blocks(ref: TensorRef, record: TensorRecord) -> Iterator[Issue]:

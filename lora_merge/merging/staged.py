@@ -32,6 +32,7 @@ from lora_merge.merging.worker import one_torch_thread, short_switch_interval
 from lora_merge.planning.run import check_strict
 from lora_merge.requests.recording import record_of
 from lora_merge.runtime.clock import Clock
+from lora_merge.runtime.machine import usable_cores
 from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.copy_runs import RUN_BYTES, STORE_RUN_BYTES, whole_copies
 from lora_merge.storage.digests import is_of_file
@@ -368,6 +369,7 @@ class Staged:
                 level,
                 sealed,
                 self._elsewhere(before),
+                min(self.prepared.budget.n_workers, usable_cores()),
             )
         if not self._verdict.ok:
             check_names(self.inputs)

@@ -14,16 +14,16 @@ from lora_merge.checks.choosing import has_formula
 from lora_merge.checks.evidence import Elsewhere
 from lora_merge.checks.gate import RULES
 from lora_merge.checks.placed import placed
-from lora_merge.checks.projecting import suspects_of
+from lora_merge.checks.reckoners import reckoners
 from lora_merge.checks.recorded import recorded
 from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
-from lora_merge.core.tensor import TORCH_NAMES, Survival, TensorRecord, TensorRef
-from lora_merge.core.weight import WEIGHT
+from lora_merge.core.tensor import Survival, TensorRef
 from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
+from lora_merge.executors.crew import Crew
 from lora_merge.formats.manifest import Manifest, parse_manifest
-from lora_merge.formats.safetensors import is_finite, tensor_digest
+from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.merging.headline import Work, announce, merge_headline, model_words
 from lora_merge.merging.unchanged_inputs import check_names
@@ -34,6 +34,7 @@ from lora_merge.planning.run import InputTexts, chosen_adapter, join_inputs
 from lora_merge.requests.parsing import parse_values
 from lora_merge.requests.request import Request, VerifyRequest
 from lora_merge.runtime.clock import Clock
+from lora_merge.runtime.machine import usable_cores
 from lora_merge.runtime.shortage import MORE, translate_out_of_memory
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
@@ -45,6 +46,7 @@ from lora_merge.storage.sources import is_local
 from lora_merge.storage.user_paths import is_directory, user_path
 from lora_merge.verification.existing_output import Existing, find_output
 from lora_merge.verification.recorded_inputs import check_asked, is_there, place_text, weighted
+from lora_merge.verification.records import Records
 from lora_merge.words import counted
 
 if TYPE_CHECKING:
@@ -211,7 +213,8 @@ class _Verification:
             return None, Finding("recorded", "the manifest cannot be read", (issue,))
         with self.clock("recorded"):
             self.watch.phase("comparing digests", 0)
-            issues = tuple(recorded(self.output, manifest, self.digest))
+            with Crew(usable_cores()) as crew:
+                issues = tuple(recorded(self.output, manifest, self.digest, crew))
         n_tensors, n_files = len(manifest.tensors), len(manifest.side_files)
         detail = f"{counted(n_tensors, 'tensor')} and {counted(n_files, 'other file')}, by their digests"
         return manifest, Finding("recorded", detail, issues)
@@ -311,14 +314,21 @@ class _Verification:
     def _held_to(self, again: _Again, manifest: Manifest | None) -> list[Finding]:
         """Return the findings of the checks that a merge runs on its own output, with the base's bytes as evidence."""
         # Nothing that is read here may be of another version than what was planned.
-        with self.clock("recomputed"), one_torch_thread(), watching(again.inputs, is_noting=False):
+        with (
+            self.clock("recomputed"),
+            one_torch_thread(),
+            reckoners(usable_cores()) as crew,
+            watching(again.inputs, is_noting=False),
+        ):
             plan = again.plan
             self.watch.phase("recomputing", 0)
             plan, issues = placed(plan, self.output)
-            records = tuple(self._records(plan, manifest))
             level: Literal["sample", "full"] = "full" if self.request.level == "full" else "sample"
+            kept = manifest.survival if manifest is not None else dict[str, Survival]().get
+            found_again = Records(self.output, self.digest, kept, is_projecting=level != "full")
+            records = tuple(crew.each(found_again.of, plan.steps))
             where = Elsewhere(self.output.elsewhere, self.existing.stored)
-            evidence = Evidence(plan, Path(self.output.root), records, level, {}, self.digest, where)
+            evidence = Evidence(plan, Path(self.output.root), records, level, {}, self.digest, where, crew)
             n_copied = sum(isinstance(step.op, Copy) for step in plan.steps)
             n_formulas = sum(isinstance(step.op, Merge) and has_formula(step.op) for step in plan.steps)
             n_seen = evidence.n_projected
@@ -339,33 +349,6 @@ class _Verification:
                 asked = replace(evidence, level="sample") if name == "untouched" else evidence
                 found.append(Finding(name, detail, tuple(CHECKS[name](asked))))
         return found
-
-    def _records(self, plan: MergePlan, manifest: Manifest | None) -> Iterable[TensorRecord]:
-        """Yield what the checks need of each written tensor: a copy's digest, finiteness, suspect rows, and what the manifest
-        says of the adapters' effect.
-
-        Digests of merged tensors were compared with the manifest already. Projections are computed here, unless all
-        rows are recomputed anyway.
-        """
-        kept = manifest.survival if manifest is not None else dict[str, Survival]().get
-        for step in plan.steps:
-            here = {
-                role: replace(slot, file=self.output.file_of(slot.file)) for role, slot in step.writes.items()
-            }
-            if isinstance(step.op, Copy):
-                (slot,) = step.slots
-                yield TensorRecord(
-                    slot.name, slot.file, slot.nbytes, self.digest(step.op.source), finite=True
-                )
-                continue
-            suspects = None if self.request.level == "full" else suspects_of(step, here)
-            for role, slot in step.writes.items():
-                # bitsandbytes may keep its codes under a dtype of floats.
-                is_codes = role == WEIGHT and not step.op.target.is_dense
-                finite = is_codes or slot.dtype not in TORCH_NAMES or is_finite(here[role])
-                yield TensorRecord(
-                    slot.name, slot.file, slot.nbytes, "", finite, kept(slot.name), suspects=suspects
-                )
 
 
 def _nothing_compared(findings: list[Finding]) -> list[Finding]:

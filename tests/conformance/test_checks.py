@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import signal
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +19,7 @@ from lora_merge.adapters import read
 from lora_merge.checks import CHECKS, Evidence
 from lora_merge.checks.choosing import has_formula, some_rows
 from lora_merge.checks.expecting import manner_of
+from lora_merge.checks.reckoners import reckoners
 from lora_merge.checks.verdict import verify
 from lora_merge.core.adapter import Delta
 from lora_merge.core.checkpoint import ConfigPatch
@@ -22,6 +27,7 @@ from lora_merge.core.plan import Copy, Merge
 from lora_merge.core.tensor import Region, TensorRef
 from lora_merge.core.view import View
 from lora_merge.deltas import LowRankFacts
+from lora_merge.errors import CheckpointError
 from lora_merge.formats.provenance import Provenance
 from lora_merge.merging.hf_checkpoint import seal
 from lora_merge.peft_rules.kinds import NATIVE, PEFT_LAYERS
@@ -34,6 +40,10 @@ from tests.parity import building
 from tests.parity.kinds import KINDS
 from tests.steps import dense_merge
 from tests.tampering import edit_json, edit_pickle, to_pickles
+
+recomputing = importlib.import_module(
+    "lora_merge.checks.recompute"
+)  # the package has the function under this name
 
 LEVELS = ("sample", "full")
 INDEX = "model.safetensors.index.json"
@@ -596,3 +606,61 @@ def test_no_check_writes_into_the_output(evidence):
     for check in CHECKS.values():
         assert list(check(replace(evidence, level="full"))) == []
     assert content(evidence.root) == before
+
+
+# several threads
+
+
+def found_by(n_threads, evidence):
+    """Return what every check finds with some threads."""
+    with reckoners(n_threads) as crew:
+        return {name: list(check(replace(evidence, crew=crew))) for name, check in CHECKS.items()}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_several_threads_find_what_one_finds_in_the_same_order(level, evidence):
+    for step in steps_of(evidence, Merge):
+        nudge(evidence, step.main, 0)
+    for step in steps_of(evidence, Copy):
+        flip(evidence.root / step.main.file, step.main.start)
+    spoiled = replace(evidence, level=level)
+    alone = found_by(1, spoiled)
+    assert len(alone["recompute"]) == len(steps_of(evidence, Merge)) > 3
+    assert len(alone["untouched"]) > len(steps_of(evidence, Copy)) > 3
+    for _ in range(5):
+        assert found_by(3, spoiled) == alone
+
+
+@pytest.mark.parametrize("check", ["recompute", "untouched"])
+def test_an_error_at_one_tensor_comes_out_of_several_threads_as_of_one(check, evidence):
+    found = []
+    for file in evidence.plan.files[1:]:
+        path = evidence.root / file.name
+        path.write_bytes(path.read_bytes()[: file.slots[0].start + 1])
+    for n_threads in (1, 3, 3, 3):
+        with reckoners(n_threads) as crew, pytest.raises(CheckpointError) as caught:
+            list(CHECKS[check](replace(evidence, level="full", crew=crew)))
+        found.append(str(caught.value))
+    assert found == [found[0]] * 4
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_an_interrupt_of_a_verification_is_not_kept_waiting_for_the_rest(
+    n_threads, outcome, pico, pico_adapter, monkeypatch
+):
+    base = pico("llama", "bfloat16", "40KB")
+    evidence = outcome(base, pico_adapter(base, target_modules="all-linear"))
+    compare, main, begun = recomputing._Compared._compare, threading.get_ident(), []
+
+    def struck(*arguments):
+        begun.append(arguments)
+        time.sleep(0.2)
+        if begun[0] is arguments:  # once, after all threads have begun
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.2)
+        return compare(*arguments)
+
+    monkeypatch.setattr(recomputing._Compared, "_compare", struck)
+    with pytest.raises(KeyboardInterrupt):
+        verify(evidence.plan, evidence.root, evidence.records, "full", n_threads=n_threads)
+    assert 1 <= len(begun) <= 2 * n_threads < len(steps_of(evidence, Merge)) / 2

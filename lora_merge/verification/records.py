@@ -1,0 +1,56 @@
+"""What the checks of a merge need of its tensors, found again from the files of an output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lora_merge.checks.projecting import suspects_of
+from lora_merge.core.plan import Copy
+from lora_merge.core.tensor import TORCH_NAMES, TensorRecord
+from lora_merge.core.weight import WEIGHT
+from lora_merge.formats.safetensors import is_finite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator  # noqa: TC004 - a field's type, never evaluated
+
+    from lora_merge.core.plan import Step
+    from lora_merge.core.tensor import Survival, TensorRef  # noqa: TC004 - the same
+    from lora_merge.formats.written_checkpoint import Output  # noqa: TC004 - the same
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Finds records of tensors. Several threads may ask at once."""
+
+    output: Output
+    digest: Callable[[TensorRef], str]
+
+    kept: Callable[[str], Survival | None]
+    """Returns what the manifest says of the adapters' effect on a tensor."""
+
+    is_projecting: bool
+    """False where all rows are recomputed anyway."""
+
+    def of(self, step: Step) -> Iterator[TensorRecord]:
+        """Yield the record of each tensor of a step: a copy's digest, finiteness, suspect rows. Digests of merged tensors were
+        compared with the manifest already.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        if isinstance(step.op, Copy):
+            (slot,) = step.slots
+            yield TensorRecord(slot.name, slot.file, slot.nbytes, self.digest(step.op.source), finite=True)
+            return
+        here = {
+            role: replace(slot, file=self.output.file_of(slot.file)) for role, slot in step.writes.items()
+        }
+        suspects = suspects_of(step, here) if self.is_projecting else None
+        for role, slot in step.writes.items():
+            # bitsandbytes may keep its codes under a dtype of floats.
+            is_codes = role == WEIGHT and not step.op.target.is_dense
+            finite = is_codes or slot.dtype not in TORCH_NAMES or is_finite(here[role])
+            yield TensorRecord(
+                slot.name, slot.file, slot.nbytes, "", finite, self.kept(slot.name), suspects=suspects
+            )
