@@ -135,3 +135,17 @@ def test_plain_numbers_have_the_same_limits(rounding):
     gaps, inside = wanted.steps()
     assert inside is None
     assert torch.equal(gaps, limits.gaps_at(op, stored, exact))
+
+
+def test_a_gap_between_smaller_ones_is_not_the_reach_of_numbers_that_may_be_beside_it():
+    fine = torch.linspace(0, 3, 301, dtype=torch.float64)
+    op = merge(Storage("bnb4", "U8"), rounding=Rounding("adapter"))
+    level = torch.tensor([[-2.0, -0.1, 0.0, 1.0, 1.12, 3.0]], dtype=torch.float64)
+    stored = Levels(level, torch.cat([fine - 3, fine + 1]), torch.ones_like(level))
+    # Anything from -0.1 to 1.1, where levels are 0.01 apart: the gap from 0 to 1 is not a step of it.
+    wanted = Wanted(op, stored, torch.full_like(level, 0.5), torch.full_like(level, 0.6))
+    found = wanted.is_explained(torch.ones(1, 1, dtype=torch.bool))
+    assert found.tolist() == [[False, True, True, True, True, False]]
+    assert torch.equal(
+        found, limits.is_explained(op, stored, wanted.exact, wanted.off, is_moved=torch.tensor([[True]]))
+    )
