@@ -27,7 +27,7 @@ from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.merging.headline import Work, announce, merge_headline, model_words
 from lora_merge.merging.unchanged_inputs import check_names
-from lora_merge.merging.worker import one_torch_thread
+from lora_merge.merging.worker import TorchLoading, one_torch_thread, short_switch_interval
 from lora_merge.planning import Joined, Policy, Reading, make_plan
 from lora_merge.planning.locate import Place
 from lora_merge.planning.run import InputTexts, chosen_adapter, join_inputs
@@ -136,20 +136,22 @@ class _Verification:
         """Run all checks and return their findings."""
         headline = f"{self.request.out}: {model_words(self.output.config or {}, self.output.weights())}"
         announce(self.watch, Work(headline))
-        findings = [self._loadable()]
         if self.request.level == "structure":
-            return Proof(self.output.root, "", (), tuple(findings), (), dict(self.clock.seconds), headline)
-        manifest, finding = self._manifest()
-        findings.append(finding)
-        again, finding = self._planned(manifest)
-        findings.append(finding)
+            return Proof(self.output.root, "", (), (self._loadable(),), (), self.clock.seconds, headline)
+        loading = TorchLoading()
+        # Digests first: they need neither torch nor, for most of their time, the interpreter.
+        with short_switch_interval():
+            manifest, as_recorded = self._manifest()
+            loadable = self._loadable()
+            again, planned = self._planned(manifest)
+        findings = [loadable, as_recorded, planned]
         comparisons: tuple[Comparison, ...] = ()
         if again is not None:
-            findings += self._held_to(again, manifest)
+            findings += self._held_to(again, manifest, loading)
         if self.request.forward or self.request.engine:
             if again is None:
                 raise ResolveError(
-                    f"{self.request.out}: forward passes need base and adapter, but {finding.detail}",
+                    f"{self.request.out}: forward passes need base and adapter, but {planned.detail}",
                     hint="pass --base and --adapter",
                 )
             self._check_readable(again.plan)
@@ -167,8 +169,9 @@ class _Verification:
         base, adapters = ("", ()) if again is None else (again.plan.base, again.plan.adapters)
         if again is not None:
             headline = merge_headline(again.joined.base, again.joined.uses, again.plan)
-        seconds = dict(self.clock.seconds)
-        return Proof(self.output.root, base, adapters, tuple(findings), comparisons, seconds, headline)
+        return Proof(
+            self.output.root, base, adapters, tuple(findings), comparisons, self.clock.seconds, headline
+        )
 
     def _check_readable(self, plan: MergePlan) -> None:
         """Check that libraries can read the files: those of this machine, and regular ones. They would wait for a named
@@ -311,8 +314,11 @@ class _Verification:
             Policy(**decided, allow_untie=True, allow_again=True),
         )
 
-    def _held_to(self, again: _Again, manifest: Manifest | None) -> list[Finding]:
+    def _held_to(self, again: _Again, manifest: Manifest | None, loading: TorchLoading) -> list[Finding]:
         """Return the findings of the checks that a merge runs on its own output, with the base's bytes as evidence."""
+        with self.clock("load"):
+            self.watch.phase("loading torch", 0)
+            loading.wait()
         # Nothing that is read here may be of another version than what was planned.
         with (
             self.clock("recomputed"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,34 @@ def test_a_good_output_passes_from_its_manifest_alone(level, merge, cli):
         "finite",
         "recompute",
     }
+
+
+def test_findings_are_in_the_order_of_the_questions_though_digests_are_taken_first(merge, cli):
+    result = cli("verify", merge[2], "--json")
+    assert list(states(result))[:4] == ["loadable", "recorded", "planned", "placed"]
+    assert list(json.loads(result.stdout)["seconds"]) == [
+        "recorded",
+        "loadable",
+        "plan",
+        "load",
+        "recomputed",
+    ]
+
+
+@pytest.mark.parametrize(("level", "is_loaded"), [("structure", False), ("sample", True)])
+def test_torch_is_loaded_beside_the_rest_unless_only_the_structure_is_asked(level, is_loaded, merge):
+    script = (
+        "import sys, threading\n"
+        "from lora_merge.runtime import libtorch\n"
+        "from lora_merge.cli.verify import verify\n"
+        "verify(sys.argv[1:], standalone_mode=False)\n"
+        "print(bool(libtorch._loading), bool(libtorch._paths()), 'torch' in sys.modules, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", script, str(merge[2]), "--level", level]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    is_begun, can_be_begun, is_imported = (word == "True" for word in said.split()[-3:])
+    assert is_imported == is_loaded
+    assert is_begun == (is_loaded and can_be_begun)
 
 
 def test_the_table_names_every_check_and_the_last_line_says_what_it_comes_to(merge, cli):
