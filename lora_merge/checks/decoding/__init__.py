@@ -1,7 +1,7 @@
 """Decodes stored weights to float64, by code that shares nothing with the codecs of the merge.
 
 One file for each family of storages, a function for each codec. They are written from the description of the storages, for
-clarity: whole rows, float64, no tricks. `DECODERS` is the table.
+clarity: whole rows, float64. `DECODERS` is the table.
 """
 
 from __future__ import annotations
