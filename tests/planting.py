@@ -95,23 +95,36 @@ IN_MERGES = IN_ROWS | IN_TILES | IN_TENSORS
 
 @contextlib.contextmanager
 def in_merge(fault: str, place: Place, tensor: str) -> Iterator[None]:
-    """Have the merge make a fault.
+    """Have the merge make a fault, in torch or in compiled code.
 
     Args:
         tensor: what the base calls the tensor of the place.
     """
     real = merging.change
 
+    def is_there(start: int, end: int, op: Merge) -> bool:
+        return op.source.name == tensor and (fault in IN_TENSORS or start <= place.row < end)
+
+    def spoil(values: Any, before: Any, start: int) -> None:
+        IN_MERGES[fault](values, before, place.row - start, place.other - start)
+
     def spoiled(values: Any, start: int, end: int, op: Merge, changers: Any) -> None:
-        is_there = op.source.name == tensor and (fault in IN_TENSORS or start <= place.row < end)
-        before = values.clone() if is_there else None
+        before = values.clone() if is_there(start, end, op) else None
         real(values, start, end, op, changers)
-        if is_there:
-            IN_MERGES[fault](values, before, place.row - start, place.other - start)
+        # After compiled code, the first rows of a tile are changed once more: the two may not be among them.
+        if before is not None and (fault not in IN_ROWS or max(place.row, place.other) < end):
+            spoil(values, before, start)
+
+    def added(frame: Any, tile: Any, op: Merge) -> None:
+        if is_there(tile.start, tile.end, op):
+            values, before = _as_added(frame)
+            spoil(values, before, tile.start)
+            frame.rounded[WEIGHT].copy_(values.view(frame.rounded[WEIGHT].shape))
 
     merging.change = spoiled
     try:
-        yield
+        with _after_adding(added):
+            yield
     finally:
         merging.change = real
 
@@ -127,20 +140,56 @@ def one_unit_off(place: Place, tensor: str) -> Iterator[None]:
         is_here = op.source.name == tensor and start <= place.row < end
         here.rows = [place.row - start] if is_here else []
 
-    def spoiled(self: Any, *codec: Any) -> None:
+    def spoil(rounded: Any, row: int) -> None:
         import torch
 
+        bits = rounded.view(torch.int32 if rounded.itemsize == 4 else torch.int16)
+        bits[row, place.column] += 1
+
+    def spoiled(self: Any, *codec: Any) -> None:
         encode(self, *codec)
         for row in getattr(here, "rows", ()):
-            rounded = self.rounded[WEIGHT]
-            bits = rounded.view(torch.int32 if rounded.itemsize == 4 else torch.int16)
-            bits[row, place.column] += 1
+            spoil(self.rounded[WEIGHT], row)
+
+    def added(frame: Any, tile: Any, op: Merge) -> None:
+        if op.source.name == tensor and tile.start <= place.row < tile.end:
+            spoil(frame.rounded[WEIGHT], place.row - tile.start)
 
     merging.change, workbench.Frame.encode = watched, spoiled
     try:
-        yield
+        with _after_adding(added):
+            yield
     finally:
         merging.change, workbench.Frame.encode = real, encode
+
+
+@contextlib.contextmanager
+def _after_adding(spoil: Callable[[Any, Any, Merge], None]) -> Iterator[None]:
+    """Call a function after each tile that compiled code has added: with its frame, the tile and what is done."""
+    is_added, add = merging.Filling.is_added, workbench.Frame.add
+    here = threading.local()
+
+    def noted(self: Any, n: int, *rest: Any) -> Any:
+        here.tile, here.op = self.tiles[n], self.op
+        return is_added(self, n, *rest)
+
+    def spoiled(self: Any, product: Any) -> Any:
+        is_done = add(self, product)
+        if is_done:
+            spoil(self, here.tile, here.op)
+        return is_done
+
+    merging.Filling.is_added, workbench.Frame.add = noted, spoiled
+    try:
+        yield
+    finally:
+        merging.Filling.is_added, workbench.Frame.add = is_added, add
+
+
+def _as_added(frame: Any) -> tuple[Any, Any]:
+    """Return what compiled code made of a tile, and what it was: float32 ``[rows, columns]`` each."""
+    shape = frame.values.shape
+    return frame.rounded[WEIGHT].view(shape).float(), frame.stored[WEIGHT].view(shape).float()
 
 
 ON_DISK = (
