@@ -134,7 +134,9 @@ class _App(click.Group):
             _say_usage(exc, arguments, as_json=as_json)
         except (click.Abort, KeyboardInterrupt) as exc:
             code = exits.INTERRUPTED
-            sentence, said = "interrupted; no output was created", exc.__cause__ or exc
+            sentence, said = "interrupted", exc.__cause__ or exc
+            if not _is_only_shown(arguments):
+                sentence += "; no output was created"
             if not getattr(said, "__notes__", ()):
                 said.add_note("run the same command again to start over")
             say_error(said, sentence, code, as_json=as_json)  # click makes an Abort of it
@@ -142,8 +144,12 @@ class _App(click.Group):
             code = exits.code_of(exc)
             say_error(exc, str(exc), code, as_json=as_json, verbose=verbose)
         code = code if isinstance(code, int) else exits.OK
-        is_all = bool(_SHOWING & set(arguments[:1]) or _SHOWN_BY & set(arguments))
-        sys.exit(_with_lost_result(code, is_all=is_all))
+        sys.exit(_with_lost_result(code, is_all=_is_only_shown(arguments)))
+
+
+def _is_only_shown(arguments: Sequence[str]) -> bool:
+    """Return True where a command's only result is what it prints."""
+    return bool(_SHOWING & set(arguments[:1]) or _SHOWN_BY & set(arguments))
 
 
 def _is_command(arguments: Sequence[str]) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import lora_merge
+from lora_merge.cli import exits
 from tests.tampering import edit_json, edit_tensors, to_pickles
 
 if TYPE_CHECKING:
@@ -481,3 +482,14 @@ def test_a_model_is_not_run_with_an_adapter_beside_it(merge, cli):
 
     assert result.exit_code == 6
     assert "would load that adapter too" in result.stdout
+
+
+def test_an_interrupted_verification_does_not_speak_of_outputs(merge, cli, monkeypatch):
+    def struck(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_merge.verification.verify_existing.recorded", struck)
+    result = cli("verify", merge[2])
+    assert result.exit_code == exits.INTERRUPTED
+    assert "error: interrupted\n" in result.stderr
+    assert "output" not in result.stderr
