@@ -338,11 +338,8 @@ class _Verification:
             n_copied = sum(isinstance(step.op, Copy) for step in plan.steps)
             n_formulas = sum(isinstance(step.op, Merge) and has_formula(step.op) for step in plan.steps)
             n_seen = evidence.n_projected
-            how = (
-                "all rows in float64"
-                if level == "full"
-                else f"part of {counted(n_seen, 'row')} by projection, some rows in float64"
-            )
+            seen = f"part of {counted(n_seen, 'row')} by projection, " if n_seen else ""
+            how = "all rows in float64" if level == "full" else f"{seen}some rows in float64"
             n_layers = len(plan.steps) - n_copied - n_formulas
             details = {
                 "untouched": f"{counted(n_copied, 'tensor')}, byte for byte equal to base or adapter",
