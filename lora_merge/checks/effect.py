@@ -17,7 +17,7 @@ from math import sqrt
 from typing import TYPE_CHECKING
 
 from lora_merge.checks.spans import Basis, Spans
-from lora_merge.core.report import error
+from lora_merge.core.report import error, note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence  # noqa: TC004 - a field's type, never evaluated
@@ -306,7 +306,13 @@ class Effect:
                 "effect-lost", name, sentence, "merge again; if it fails again, report it with the adapter"
             )
         if record is None or record.effect_norm < 0:
-            return None
+            if not self._is_adapter:
+                return None
+            sentence = (
+                "was rounded to keep the adapter's effect, but what it kept is not recorded: each value was compared, with room for "
+                "this rounding, but not their sum"
+            )
+            return note("effect-unknown", name, sentence)
         wrong = found.against(record, self._sums, self._op.view.n_rows, is_whole=self._is_whole)
         if not wrong:
             return None

@@ -117,6 +117,10 @@ class Reader:
         """
         return DECODERS[weight.storage.codec].levels(_Written(self, weight, rows, n_rows))
 
+    def whole(self, ref: TensorRef) -> torch.Tensor:
+        """Return a tensor of the output, found by its name: float64, one-dimensional."""
+        return self.rows(ref.file, ref.name, [0], 1).flatten()
+
     def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         """Return some rows of a tensor of base or adapter. It is found by its place: the file may have it under
         another name.
@@ -175,8 +179,7 @@ class _Written(_Stored):
         return self.reader.rows(ref.file, ref.name, self.rows, self.n_rows)
 
     def whole(self, role: str) -> torch.Tensor:
-        ref = self.weight.parts[role]
-        return self.reader.rows(ref.file, ref.name, [0], 1).flatten()
+        return self.reader.whole(self.weight.parts[role])
 
     def part(self, role: str, rows: Sequence[int], n_rows: int, within: Within = None) -> Raw:
         return self.reader.raw_rows(self.weight.parts[role], rows, n_rows, within)

@@ -6,6 +6,7 @@ Files are parsed again, rows are whole, and the formula is written out.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
 from math import isfinite
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 _MOST_NAMED = 4
 """The most ranges of rows that a message names."""
+
+_SHAPE = "weight_shape"
+"""The part of packed integers that states the weight's shape, for compressed-tensors."""
 
 
 def recompute(evidence: Evidence) -> Iterator[Issue]:
@@ -108,6 +112,30 @@ def _unproved(evidence: Evidence, unseen: list[str]) -> Iterator[Issue]:
         yield note("not-projected", unseen[0], sentence)
 
 
+@dataclass(frozen=True, slots=True)
+class _Wrong:
+    """Rows of a chunk that are wrong, and the first value that is."""
+
+    rows: tuple[int, ...]
+    column: int
+    got: float
+    expected: float
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[int], stored: torch.Tensor, wanted: torch.Tensor, wrong: torch.Tensor
+    ) -> _Wrong:
+        """Return what is wrong.
+
+        Args:
+            rows: the numbers of all rows of the chunk.
+            stored: what is in the output, float64 ``[rows, columns]``; wanted: the same; wrong: which, bool.
+        """
+        at_row, at_column = (int(index) for index in wrong.nonzero()[0])
+        numbers = tuple(rows[n] for n in wrong.any(1).nonzero().flatten().tolist())
+        return cls(numbers, at_column, float(stored[at_row, at_column]), float(wanted[at_row, at_column]))
+
+
 class _Compared:
     """The rows of one merged weight that are compared with the formula.
 
@@ -124,22 +152,38 @@ class _Compared:
 
     def problems(self, chunks: Sequence[list[int]], record: Survival | None) -> Iterator[Issue | None]:
         """Yield an issue when some rows are further from the formula than rounding explains, or when rounding did another
-        thing to the adapter's effect than is recorded; None after each chunk that is right. After an error, the other chunks
-        are skipped.
+        thing to the adapter's effect than is recorded, or when a part says that the weight has another shape; None after each
+        chunk of rows.
         """
+        yield self._other_shape()
         effect = None
         if self._op.deltas and self._op.combination is None and not _is_nearest(self._op):
             is_whole = sum(map(len, chunks)) == self._op.view.n_rows
             effect = Effect(self._reader, self._op, is_whole=is_whole)
+        wrong = []
         for rows in chunks:
-            problem = self._compare(rows, effect)
-            yield problem
-            if problem is not None:
-                return
-        if effect is not None and effect.is_asked and (problem := effect.problem(self._step.name, record)):
-            yield problem
+            if (found := self._compare(rows, effect)) is not None:
+                wrong.append(found)
+            # Here an interrupt may stop it.
+            yield None
+        if wrong:
+            yield _told(self._step.name, wrong, sum(map(len, chunks)))
+        elif effect is not None and effect.is_asked:
+            yield effect.problem(self._step.name, record)
 
-    def _compare(self, rows: list[int], effect: Effect | None) -> Issue | None:
+    def _other_shape(self) -> Issue | None:
+        """Return an issue if the part that states the weight's shape states another one. No code depends on it, so nothing else
+        notices.
+        """
+        if _SHAPE not in self._step.writes:
+            return None
+        ref = self._written.parts[_SHAPE]
+        found, expected = [int(size) for size in self._reader.whole(ref).tolist()], list(self._step.shape)
+        if found == expected:
+            return None
+        return error("wrong-shape", ref.name, f"says that the weight has shape {found}, expected {expected}")
+
+    def _compare(self, rows: list[int], effect: Effect | None) -> _Wrong | None:
         import torch
 
         op = self._op
@@ -159,7 +203,7 @@ class _Compared:
             wrong &= (stored.parts[1] != 0) | (stored.values != start[0])
             is_wrong = bool(wrong.any())
         if is_wrong:
-            return _told(self._step.name, rows, stored.values, candidates[-1][0], wrong)
+            return _Wrong.of(rows, stored.values, candidates[-1][0], wrong)
         if effect is not None and effect.is_asked:
             effect.add(rows, start[0], wanted[0])
         return None
@@ -181,20 +225,22 @@ def _written(evidence: Evidence, step: Step) -> Weight:
     return Weight(step.name, step.shape, step.op.target, evidence.stored_at(slots))
 
 
-def _told(
-    name: str, rows: list[int], stored: torch.Tensor, wanted: torch.Tensor, wrong: torch.Tensor
-) -> Issue:
-    """Return the issue for values that are wrong."""
-    at_row, at_column = (int(index) for index in wrong.nonzero()[0])
-    got, expected = float(stored[at_row, at_column]), float(wanted[at_row, at_column])
-    where = f"row {rows[at_row]}, column {at_column}"
-    if not isfinite(expected):
-        sentence = f"{where} is {got:.9g}: the base or the adapter has NaN or infinity there"
+def _told(name: str, wrong: Sequence[_Wrong], n_checked: int) -> Issue:
+    """Return the issue for values that are wrong.
+
+    Args:
+        name: of the tensor.
+        wrong: by chunk of rows, in order.
+        n_checked: how many rows were compared.
+    """
+    first, rows = wrong[0], [row for one in wrong for row in one.rows]
+    where = f"row {first.rows[0]}, column {first.column}"
+    if not isfinite(first.expected):
+        sentence = f"{where} is {first.got:.9g}: the base or the adapter has NaN or infinity there"
         return error("non-finite", name, sentence, "download the base and the adapter again")
-    sentence = f"{where} is {got:.9g}, expected {expected:.9g}"
-    others = [rows[n] for n in wrong.any(1).nonzero().flatten().tolist()]
-    if len(others) > 1:
-        sentence += f"; {len(others)} of {len(rows)} checked rows are wrong: {_listed(others)}"
+    sentence = f"{where} is {first.got:.9g}, expected {first.expected:.9g}"
+    if len(rows) > 1:
+        sentence += f"; {len(rows)} of {n_checked} checked rows are wrong: {_listed(rows)}"
     return error("wrong-value", name, sentence)
 
 

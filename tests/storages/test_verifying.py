@@ -150,6 +150,43 @@ def test_a_code_far_from_its_value_is_found_whatever_the_rounding(adapters, tmp_
     assert errors(evidence) == {"wrong-value"}
 
 
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme.startswith("int4")])
+def test_another_shape_in_the_part_that_states_it_is_found(scheme, plain, adapters, tmp_path):
+    evidence = evidence_of(plain, adapters(plain), tmp_path / "out", quantize=scheme)
+    name = "model.layers.0.mlp.up_proj.weight_shape"
+    step = next(step for step in evidence.plan.steps if any(slot.name == name for slot in step.slots))
+
+    def grow(tensors):
+        tensors[name][0] += 1
+
+    edit_tensors(tmp_path / "out" / step.main.file, grow)
+    for level in ("sample", "full"):
+        (issue,) = CHECKS["recompute"](replace(evidence, level=level))
+        assert (issue.severity, issue.code, issue.subject) == ("error", "wrong-shape", name)
+        assert "says that the weight has shape [385, 256], expected [384, 256]" in issue.sentence
+
+
+def test_an_effect_that_is_not_recorded_is_told(plain, adapters, tmp_path):
+    evidence = evidence_of(plain, adapters(plain), tmp_path / "out", rounding="adapter")
+    unknown = tuple(replace(record, survival=None) for record in evidence.records)
+    for level in ("sample", "full"):
+        found = list(CHECKS["recompute"](replace(evidence, level=level, records=unknown)))
+        assert {(issue.severity, issue.code) for issue in found} == {("note", "effect-unknown")}
+        assert len(found) == 7
+
+
+def test_wrong_rows_are_listed_however_far_they_are_apart(plain, adapters, tmp_path):
+    evidence = evidence_of(plain, adapters(plain), tmp_path / "out")
+    step = next(step for step in merges(evidence) if step.name.endswith("up_proj.weight"))
+
+    def spoil(tensors):
+        tensors[step.main.name][[5, 6, 300, 383]] = 0
+
+    edit_tensors(tmp_path / "out" / step.main.file, spoil)
+    (issue,) = CHECKS["recompute"](replace(evidence, level="full"))
+    assert issue.sentence.endswith("; 4 of 384 checked rows are wrong: 5 to 6, 300, 383")
+
+
 @pytest.mark.parametrize(("name", "rounding"), diagonal(STORAGES, ["nearest", "adapter"]))
 def test_a_scale_that_changed_is_found(name, rounding, adapters, tmp_path):
     base = FIXTURES / name
