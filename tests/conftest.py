@@ -6,11 +6,13 @@ write into what they return, and copy it first when they tamper.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import runpy
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,13 +205,24 @@ def tampered(tmp_path: Path) -> Callable[[Path], Path]:
     return copy
 
 
+@contextlib.contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Leave the signal handlers as they are. The command's own end the process when a signal comes a second time."""
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+
+
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., Result]:
     """Return a function that runs the real command in this process, online: ``cli("--base", base, …)``."""
     from lora_merge.cli import main
 
     def run(*arguments: object) -> Result:
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, _own_handlers():
             patch.setattr(constants, "HF_HUB_OFFLINE", False)
             return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="lora-merge")
 
