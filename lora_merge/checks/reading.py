@@ -34,8 +34,8 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _TOGETHER_BYTES = 8192
 """Rows of up to so many bytes are read whole where only a part of each is wanted: one read is faster than a thousand."""
 
-_KEPT_BYTES = 64 << 20
-"""Factors that are kept, since they are asked for again; of larger ones the last."""
+_KEPT_BYTES = 8 << 20
+"""Factors that are kept, since they are asked for again; of larger ones the last of each thread."""
 
 Within = tuple[int, int] | None
 """The first byte of each row that is wanted, and the one after the last; None for all of them."""
@@ -58,8 +58,8 @@ class Tensors(Protocol):
 class _Kept:
     """Factors that were read lately."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, n_threads: int) -> None:
+        self._lock, self._least = threading.Lock(), n_threads
         self._values: OrderedDict[tuple[TensorRef, range], torch.Tensor] = OrderedDict()
         self._nbytes = 0
 
@@ -78,17 +78,22 @@ class _Kept:
             before = self._values.pop((ref, rows), None)
             self._nbytes += values.nbytes - (before.nbytes if before is not None else 0)
             self._values[ref, rows] = values
-            while len(self._values) > 1 and self._nbytes > _KEPT_BYTES:
+            while len(self._values) > self._least and self._nbytes > _KEPT_BYTES:
                 self._nbytes -= self._values.popitem(last=False)[1].nbytes
 
 
 class Reader:
-    """Reads rows of stored tensors as float64. Files stay open until the stack closes. Several threads may read at once."""
+    """Reads rows of stored tensors as float64. Files stay open until the stack closes.
 
-    def __init__(self, stack: contextlib.ExitStack) -> None:
+    Args:
+        stack: closes the files.
+        n_threads: how many may read at a time.
+    """
+
+    def __init__(self, stack: contextlib.ExitStack, n_threads: int = 1) -> None:
         self._stack, self._opening = stack, threading.Lock()
         self._open: dict[str, _Safetensors | _Pickled] = {}
-        self._kept = _Kept()
+        self._kept = _Kept(n_threads)
 
     def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Return a tensor as a float64 matrix, a row for each entry of its first axis; all rows or some."""

@@ -52,7 +52,7 @@ def recompute(evidence: Evidence) -> Iterator[Issue]:
     yield from _unproved(evidence, choice.unseen)
     survival = {record.name: record.survival for record in evidence.records}
     with contextlib.ExitStack() as stack:
-        reader = Reader(stack)
+        reader = Reader(stack, evidence.crew.n_threads)
         # In chunks, those of one step together.
         tasks = [(step, [rows for _, rows in chunks]) for step, chunks in groupby(choice.rows, itemgetter(0))]
         # A few rows of each tensor are small reads, far apart.

@@ -29,7 +29,9 @@ class Crew:
     """
 
     def __init__(self, n_threads: int, begin: Callable[[], object] | None = None) -> None:
-        self._n_threads = n_threads
+        self.n_threads = n_threads
+        """How many look at a time."""
+
         self._ended = threading.Event()
         self._pool = ThreadPoolExecutor(n_threads, "crew", initializer=begin) if n_threads > 1 else None
 
@@ -69,7 +71,7 @@ class Crew:
             for item in items:
                 # A context each: one cannot be entered twice.
                 asked.append(self._pool.submit(copy_context().run, self._all, look, item, left))
-                if len(asked) > _AHEAD * self._n_threads:
+                if len(asked) > _AHEAD * self.n_threads:
                     yield from asked.popleft().result()
             while asked:
                 yield from asked.popleft().result()
