@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import os
 import sys
@@ -23,6 +25,31 @@ _LIBRARIES = (("libtorch_global_deps.so", "RTLD_GLOBAL"), ("libtorch_cpu.so", "R
 _OTHERS = ("libtorch_cuda.so", "libtorch_hip.so", "libtorch_xpu.so")
 """Builds for these load libraries of other packages first, in another order: they are left to `import torch`."""
 
+_LINKED = (
+    "_bisect",
+    "_blake2",
+    "_bz2",
+    "_contextvars",
+    "_csv",
+    "_ctypes",
+    "_decimal",
+    "_hashlib",
+    "_heapq",
+    "_lzma",
+    "_pickle",
+    "_posixsubprocess",
+    "_queue",
+    "_random",
+    "_sha512",
+    "_socket",
+    "_struct",
+    "array",
+    "binascii",
+    "zlib",
+    "xxhash",
+)
+"""Modules in C that commands import meanwhile. Each would wait for the dynamic linker, which loads one library at a time."""
+
 _loading: list[threading.Thread] = []
 
 
@@ -34,6 +61,10 @@ def load_beside() -> None:
         return
     paths = _paths()
     if paths:
+        for name in _LINKED:
+            # Not every build of Python has all of them.
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
         # A daemon: a merge that is refused does not wait for it.
         _loading.append(threading.Thread(target=_load, args=(paths,), name="libtorch", daemon=True))
         _loading[0].start()

@@ -79,3 +79,42 @@ def test_where_torch_is_loaded_nothing_is_begun():
 
     libtorch.load_beside()
     assert libtorch._loading == []
+
+
+WATCHED = """
+import importlib.machinery, sys
+from lora_merge.runtime import libtorch
+
+loaded, before = [], len(sys.modules)
+create = importlib.machinery.ExtensionFileLoader.create_module
+def noted(self, spec):
+    loaded.append(spec.name)
+    return create(self, spec)
+importlib.machinery.ExtensionFileLoader.create_module = noted
+load, wait = libtorch._load, libtorch.wait
+def loading(paths):
+    loaded.append("libtorch")
+    load(paths)
+def waiting():
+    loaded.append("waiting")
+    wait()
+libtorch._load, libtorch.wait = loading, waiting
+
+from lora_merge.cli import main
+try:
+    main()
+finally:
+    between = loaded[loaded.index("libtorch") + 1 : loaded.index("waiting")]
+    # These are large packages, which not every command needs, and numpy is the last before torch.
+    print("BETWEEN", *(name for name in between if not name.startswith(("numpy", "yaml"))), file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not libtorch._paths(), reason="another build of torch")
+def test_meanwhile_no_module_waits_for_the_dynamic_linker(pico, pico_adapter, tmp_path):
+    base = pico("llama", "bfloat16", "40KB")
+    command = ["--base", base, "--adapter", pico_adapter(base), "--out", tmp_path / "out"]
+    found = subprocess.run(
+        [sys.executable, "-c", WATCHED, *map(str, command)], check=True, capture_output=True, text=True
+    )
+    assert found.stderr.splitlines()[-1].split() == ["BETWEEN"]
