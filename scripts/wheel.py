@@ -23,6 +23,7 @@ SOURCES = (
     "native/decoding.inc",
     "native/adding.inc",
     "native/summing.inc",
+    "native/projecting.inc",
 )
 
 TRIED = """

@@ -13,7 +13,7 @@ from lora_merge.storage.sources import open_source
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lora_merge.checks.weighing import TileViews
+    from lora_merge.checks.weighing import CompiledViews, TileViews
     from lora_merge.core.plan import Step
     from lora_merge.core.tensor import TensorRef
     from lora_merge.storage.sources import Source
@@ -43,9 +43,9 @@ def _projected(op: Merge, source: TensorRef, slot: TensorRef, here: TensorRef) -
     view = op.view
     tiles = [tile for tile in view.tiles() if (tile[1] - tile[0]) * view.columns]
     projection = Projection(op, slot, tiles)
-    buffers: dict[tuple[str, int], tuple[memoryview, TileViews]] = {}
+    buffers: dict[tuple[str, int], tuple[memoryview, TileViews | CompiledViews]] = {}
 
-    def seen(file: Source, ref: TensorRef, role: str, tile: tuple[int, int]) -> TileViews:
+    def seen(file: Source, ref: TensorRef, role: str, tile: tuple[int, int]) -> TileViews | CompiledViews:
         """Return the views of a tile that is read into a buffer; the next tile of its size uses the same buffer."""
         start, end = tile
         row_bytes = ref.nbytes // view.n_rows

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from lora_merge.checks.expecting import Expected, Weights, expect, manner_of
 from lora_merge.checks.weighing import (
-    Flushing,
+    CompiledViews,
     Pattern,
     TileViews,
-    has_subnormals,
+    views_of,
     weights_of,
 )
 from lora_merge.core.tensor import UNIT_ROUNDOFF
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.checks.weighing import Numbers
     from lora_merge.core.plan import Merge
     from lora_merge.core.tensor import TensorRef
 
@@ -73,49 +74,41 @@ class Projection:
     """
 
     def __init__(self, op: Merge, slot: TensorRef, tiles: Sequence[tuple[int, int]]) -> None:
-        import torch
+        import numpy as np
 
         self._op, self._slot, self._tiles = op, slot, tiles
         self.manner = manner_of(op)
-        n_rows = op.view.n_rows
         self.pattern = Pattern.of(slot.name, op.view.columns, op.source.dtype, slot.dtype)
-        self._flushing = Flushing(wanted=self.pattern.halved and has_subnormals())
         self._x = weights_of(slot.name, self.pattern.taken)
-        k = self.pattern.groups
-        self._before, self._after = torch.empty(2, n_rows, k)
-        self._lengths = torch.empty(n_rows)
-        sizes = [end - start for start, end in tiles]
-        products = [size * k for size in sizes]
-        self._before_of = self._before.view(-1).split_with_sizes(products)
-        self._after_of = self._after.view(-1).split_with_sizes(products)
-        self._lengths_of = self._lengths.split_with_sizes(sizes)
+        n_rows, k = op.view.n_rows, self.pattern.groups
+        self._products = np.empty((2, n_rows, k), np.float32)
+        self._norms = np.empty(n_rows, np.float32)
 
-    def views(self, content: memoryview, rows: int, dtype: str) -> TileViews:
+    def views(self, content: memoryview, rows: int, dtype: str) -> TileViews | CompiledViews:
         """Return views of a buffer for `before` and `after`. They can be used for every tile of that shape."""
-        return TileViews(content, rows, dtype, self.pattern)
+        # DoRA fixes the length of whole rows, so they are measured whole; else one group of columns stands for the row.
+        return views_of(content, rows, dtype, self.pattern, whole=self.manner == "directions")
 
-    def before(self, n: int, views: TileViews) -> None:
+    def before(self, n: int, views: TileViews | CompiledViews) -> None:
         """Project a tile as it was read."""
-        import torch
+        views.project(self._x, self._products[0, slice(*self._tiles[n])])
 
-        views.refresh()
-        with self._flushing:
-            torch.mv(views.groups, self._x, out=self._before_of[n])
-
-    def after(self, n: int, views: TileViews) -> None:
+    def after(self, n: int, views: TileViews | CompiledViews) -> None:
         """Project a tile as it is written, and take the lengths of its rows."""
-        import torch
+        rows = slice(*self._tiles[n])
+        views.project(self._x, self._products[1, rows], self._norms[rows])
 
-        views.refresh()
-        with self._flushing:
-            torch.mv(views.groups, self._x, out=self._after_of[n])
-            if self.manner == "directions":
-                # DoRA fixes the length of whole rows, so they are measured whole; else one group of columns
-                # stands for the row.
-                norms = torch.linalg.vector_norm(views.stored, dim=1, dtype=torch.float32)
-                self._lengths_of[n].copy_(norms)
-            else:
-                torch.linalg.vector_norm(views.segment, dim=1, out=self._lengths_of[n])
+    @property
+    def _before(self) -> torch.Tensor:
+        return _tensor(self._products[0])
+
+    @property
+    def _after(self) -> torch.Tensor:
+        return _tensor(self._products[1])
+
+    @property
+    def _lengths(self) -> torch.Tensor:
+        return _tensor(self._norms)
 
     def suspects(self) -> tuple[tuple[int, int], ...] | None:
         """Return the suspect rows as ranges, once all tiles have passed; None where nothing can be said.
@@ -129,7 +122,7 @@ class Projection:
         # Products that are nearly all zero say nothing in float32.
         if size < _SMALLEST:
             return None
-        return _ranges(self._rows_off(expect(self._op, Weights(self.pattern, self._x)), size))
+        return _ranges(self._rows_off(expect(self._op, Weights(self.pattern, _tensor(self._x))), size))
 
     def _rows_off(self, expected: Expected, size: float) -> torch.Tensor:
         """Return a mask of the suspect rows.
@@ -197,6 +190,12 @@ class Projection:
         return squares * (
             min(max(ratio, self.pattern.groups / 16), self.pattern.groups * 16.0) if isfinite(ratio) else 1
         )
+
+
+def _tensor(numbers: Numbers) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(numbers)
 
 
 def _norms(rows: torch.Tensor) -> torch.Tensor:

@@ -7,15 +7,23 @@ looked at from any of its values on. Nothing here shares memory with what the me
 
 from __future__ import annotations
 
+import random
 import zlib
+from ctypes import addressof, c_char
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.native.library import Projected, library
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    from lora_merge.native.library import Library
+
+    Numbers = np.ndarray[Any, np.dtype[np.float32]]
 
 GROUP = 32
 """The fewest values of a group; a row has one product for each group."""
@@ -79,52 +87,116 @@ class TileViews:
         content: the bytes, ``[rows, columns]`` of a dtype.
         rows: of the tile; dtype: safetensors code.
         pattern: which columns.
-
-    Shapes:
-        stored: ``[rows, columns]``; groups: float32 ``[rows · groups, taken]``, after `refresh`; segment: the group in the
-        middle of each row, ``[rows, taken]``.
+        whole: the norms are those of whole rows.
     """
 
-    def __init__(self, content: memoryview, rows: int, dtype: str, pattern: Pattern) -> None:
+    def __init__(
+        self, content: memoryview, rows: int, dtype: str, pattern: Pattern, *, whole: bool = False
+    ) -> None:
         import torch
 
         columns, width, taken = pattern.columns, pattern.width, pattern.taken
         size = (rows * pattern.groups, taken)
-        self.stored = torch.frombuffer(content, dtype=getattr(torch, TORCH_NAMES[dtype])).view(rows, columns)
+        self._flushing = Flushing(wanted=pattern.halved and has_subnormals())
+        self._whole = whole
+        self._stored = torch.frombuffer(content, dtype=getattr(torch, TORCH_NAMES[dtype])).view(rows, columns)
         self._narrow: torch.Tensor | None = None
         if pattern.halved or dtype == "F32":
             start = pattern.first * (2 if pattern.halved else 4)
             flat = torch.frombuffer(
                 content, dtype=torch.float32, offset=start, count=(len(content) - start) // 4
             )
-            self.groups = flat.as_strided(size, (width, 1))
+            self._groups = flat.as_strided(size, (width, 1))
         else:
-            self._narrow = self.stored.as_strided(size, (width, 1), pattern.first)
-            self.groups = torch.empty(size)
-        pitch = self.groups.stride(0)
-        offset = self.groups.storage_offset() + pattern.groups // 2 * pitch
-        self.segment = self.groups.as_strided((rows, taken), (pattern.groups * pitch, 1), offset)
+            self._narrow = self._stored.as_strided(size, (width, 1), pattern.first)
+            self._groups = torch.empty(size)
+        pitch = self._groups.stride(0)
+        offset = self._groups.storage_offset() + pattern.groups // 2 * pitch
+        self._segment = self._groups.as_strided((rows, taken), (pattern.groups * pitch, 1), offset)
 
-    def refresh(self) -> None:
-        """Convert the bytes that are there now to float32, where views alone do not do."""
+    def project(self, x: Numbers, products: Numbers, lengths: Numbers | None = None) -> None:
+        """Multiply the columns of the bytes that are there now by weights.
+
+        Args:
+            x: the weights, ``[taken]``.
+            products: gets one of each group, ``[rows, groups]``.
+            lengths: gets the norm of the group in the middle of each row, or of the whole row, ``[rows]``.
+        """
+        import torch
+
         if self._narrow is not None:
-            self.groups.copy_(self._narrow)
+            self._groups.copy_(self._narrow)
+        with self._flushing:
+            torch.mv(self._groups, torch.from_numpy(x), out=torch.from_numpy(products).view(-1))
+            if lengths is not None and self._whole:
+                norms = torch.linalg.vector_norm(self._stored, dim=1, dtype=torch.float32)
+                torch.from_numpy(lengths).copy_(norms)
+            elif lengths is not None:
+                torch.linalg.vector_norm(self._segment, dim=1, out=torch.from_numpy(lengths))
+
+
+class CompiledViews:
+    """The same for BF16, by compiled code.
+
+    Args:
+        library: the code.
+        content: the bytes, ``[rows, columns]``.
+        rows: of the tile.
+        pattern: which columns; they are halved.
+    """
+
+    def __init__(self, library: Library, content: memoryview, rows: int, pattern: Pattern) -> None:
+        self._library, self._rows, self._pattern = library, rows, pattern
+        self._content = content  # keeps the memory
+        self._first = addressof(c_char.from_buffer(content)) + 2 * pattern.first
+
+    def project(self, x: Numbers, products: Numbers, lengths: Numbers | None = None) -> None:
+        """Multiply the columns of the bytes that are there now by weights; see `TileViews.project`."""
+        pattern = self._pattern
+        self._library.project(
+            Projected(
+                n_rows=self._rows,
+                n_groups=pattern.groups,
+                pitch=pattern.width,
+                taken=pattern.taken,
+                values=self._first,
+                x=x.ctypes.data,
+                products=products.ctypes.data,
+                lengths=None if lengths is None else lengths.ctypes.data,
+            )
+        )
+
+
+def views_of(
+    content: memoryview, rows: int, dtype: str, pattern: Pattern, *, whole: bool
+) -> TileViews | CompiledViews:
+    """Return views of a buffer; of compiled code, which is quicker, where it can look at them.
+
+    Args:
+        content: the bytes, ``[rows, columns]`` of a dtype.
+        rows: of the tile; dtype: safetensors code.
+        pattern: which columns.
+        whole: the norms are those of whole rows.
+    """
+    found = library()
+    if found is None or whole or not pattern.halved:
+        return TileViews(content, rows, dtype, pattern, whole=whole)
+    return CompiledViews(found, content, rows, pattern)
 
 
 @lru_cache(maxsize=4)
-def _pool(n: int) -> torch.Tensor:
+def _pool(n: int) -> Numbers:
     """Return n pseudo-random weights, the same in every process: signs, with magnitudes from 0.75 to 1.25 (root mean
     square 1.01).
     """
-    import torch
+    import numpy as np
 
-    generator = torch.Generator().manual_seed(n)
-    signs = torch.randint(2, (n,), generator=generator).mul_(2).sub_(1)
-    return signs * torch.rand(n, generator=generator).mul_(0.5).add_(0.75)
+    drawn = random.Random(n).random  # noqa: S311 - no secret
+    return np.array([(1 if drawn() < 0.5 else -1) * (0.75 + drawn() / 2) for _ in range(n)], np.float32)
 
 
-def weights_of(name: str, n: int) -> torch.Tensor:
-    """Return n pseudo-random weights for a tensor's name, none of them zero. They are a view: do not change them."""
+def weights_of(name: str, n: int) -> Numbers:
+    """Return n pseudo-random weights for a tensor's name, float32, none of them zero. They are a view: do not change them."""
     # Each name takes its own range of one pool, which is made once.
     size = _POOL
     while size < 2 * n:

@@ -101,8 +101,19 @@ struct product {
     float scale;
 };
 
+/* Rows of float32, wherever they begin in memory, some columns of which are multiplied by weights. */
+struct projected {
+    int64_t n_rows, n_groups; /* adjacent groups of columns */
+    int64_t pitch;            /* float32 from one group to the next */
+    int32_t taken;            /* columns of each group that are multiplied, the first ones */
+    const char *values;
+    const float *x;           /* [taken] */
+    float *products;          /* [n_rows, n_groups] */
+    float *lengths;           /* [n_rows], of the group in the middle; or NULL */
+};
+
 /* Changes with every change of a struct or a function: `library.py` knows the same number, and leaves a library with another one alone. */
-int lines_version(void) { return 3; }
+int lines_version(void) { return 4; }
 
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
@@ -121,6 +132,7 @@ int lines_version(void) { return 3; }
 #include "decoding.inc"
 #include "adding.inc"
 #include "summing.inc"
+#include "projecting.inc"
 #undef N
 #undef LANES
 #if defined(__clang__)
@@ -137,6 +149,7 @@ int lines_version(void) { return 3; }
 #include "decoding.inc"
 #include "adding.inc"
 #include "summing.inc"
+#include "projecting.inc"
 #undef N
 #undef LANES
 #if defined(__clang__)
@@ -164,6 +177,17 @@ double lines_squares(const uint16_t *values, int64_t n, int lanes) {
     return lanes == 16 ? squares_512(values, n) : squares_256(values, n);
 }
 
+/* Subnormal numbers are zero here: they are slow, and a zero beside another value looks like one. */
+void lines_project(const struct projected *of, int lanes) {
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);
+    if (lanes == 16)
+        project_512(of);
+    else
+        project_256(of);
+    _mm_setcsr(before);
+}
+
 void lines_decode(const struct coded *of, int lanes) {
     if (lanes == 16)
         decode_512(of);
@@ -179,6 +203,7 @@ void lines_decode(const struct coded *of, int lanes) {
 #include "decoding.inc"
 #include "adding.inc"
 #include "summing.inc"
+#include "projecting.inc"
 #undef N
 #undef LANES
 
@@ -194,6 +219,14 @@ int lines_add(const struct product *of, int lanes) {
 double lines_squares(const uint16_t *values, int64_t n, int lanes) {
     (void)lanes;
     return squares_128(values, n);
+}
+void lines_project(const struct projected *of, int lanes) {
+    (void)lanes;
+    uint64_t before;
+    __asm__ __volatile__("mrs %0, fpcr" : "=r"(before));
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(before | (1 << 24)) : "memory");
+    project_128(of);
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(before) : "memory");
 }
 void lines_decode(const struct coded *of, int lanes) {
     (void)lanes;
@@ -218,6 +251,10 @@ double lines_squares(const uint16_t *values, int64_t n, int lanes) {
     (void)n;
     (void)lanes;
     return 0;
+}
+void lines_project(const struct projected *of, int lanes) {
+    (void)of;
+    (void)lanes;
 }
 void lines_decode(const struct coded *of, int lanes) {
     (void)of;

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SWITCH = "LORA_MERGE_NATIVE"
 """Environment variable: ``0`` leaves the library out."""
 
-VERSION = 3
+VERSION = 4
 """``lines_version`` of ``kernels.c``. A library that was compiled from other sources takes other structures."""
 
 STRIP = 64
@@ -122,6 +122,21 @@ class Product(ctypes.Structure):
     )
 
 
+class Projected(ctypes.Structure):
+    """``struct projected``: rows that are multiplied by weights."""
+
+    _fields_ = (
+        ("n_rows", _long),
+        ("n_groups", _long),
+        ("pitch", _long),
+        ("taken", _int),
+        ("values", _pointer),
+        ("x", _pointer),
+        ("products", _pointer),
+        ("lengths", _pointer),
+    )
+
+
 class Library(NamedTuple):
     """The functions, and the vectors that they use here."""
 
@@ -155,6 +170,10 @@ class Library(NamedTuple):
         """
         found: float = self.functions.lines_squares(_pointer(address), _long(n), self.lanes)
         return found
+
+    def project(self, projected: Projected) -> None:
+        """Multiply some columns of some rows by weights. Subnormal numbers count as zero."""
+        self.functions.lines_project(ctypes.byref(projected), self.lanes)
 
     def decode(self, coded: Coded) -> None:
         """Write the values of some lines."""

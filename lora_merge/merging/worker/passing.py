@@ -16,7 +16,7 @@ from lora_merge.storage.digests import digest_text, new_digest
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lora_merge.checks.weighing import Pattern, TileViews
+    from lora_merge.checks.weighing import CompiledViews, Pattern, TileViews
     from lora_merge.core.plan import Merge
     from lora_merge.core.tensor import TensorRef
     from lora_merge.core.weight import PartRange
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BLOCK_EVERY = 8
 """One tile in eight is read back from the disk, where not all are: its digest is taken while it is in the cache."""
 
-_VIEWS: WeakKeyDictionary[Frame, dict[tuple[str, Pattern], TileViews]] = WeakKeyDictionary()
+_VIEWS: WeakKeyDictionary[Frame, dict[tuple[str, Pattern], TileViews | CompiledViews]] = WeakKeyDictionary()
 """Views of each frame's buffers. They are the same for every tile of a shape, so they are made once."""
 
 
@@ -33,7 +33,7 @@ class _Seen(NamedTuple):
     """A frame, and the views of one of its buffers."""
 
     frame: Frame
-    views: TileViews
+    views: TileViews | CompiledViews
 
 
 class Passing:
@@ -78,13 +78,13 @@ class Passing:
             self._blocks[role].append((first, nbytes, digest_text(digest)))
             at += nbytes
 
-    def _views(self, projection: Projection, n: int, frame: Frame, use: str) -> TileViews:
+    def _views(self, projection: Projection, n: int, frame: Frame, use: str) -> TileViews | CompiledViews:
         last = self._last.get(use)
         if last is None or last.frame is not frame:
             last = self._last[use] = _Seen(frame, self._found(projection, n, frame, use))
         return last.views
 
-    def _found(self, projection: Projection, n: int, frame: Frame, use: str) -> TileViews:
+    def _found(self, projection: Projection, n: int, frame: Frame, use: str) -> TileViews | CompiledViews:
         found = _VIEWS.setdefault(frame, {})
         key = use, projection.pattern
         if key not in found:
