@@ -66,11 +66,11 @@ GROUPS: Final[tuple[Group, ...]] = (
             "spool_limit",
         ),
     ),
-    Group("Quantised models", ("quantize", "out_storage"), ("ignore", "rounding")),
+    Group("Quantised models", ("quantize", "out_storage"), ("ignore", "merge:rounding", "plan:rounding")),
     Group(
         "Checks",
         ("dry_run", "explain", "survival", "keep_going", "level", "verify"),
-        ("no_verify", "allow_loss", "allow_untie", "allow_svd", "allow_again"),
+        ("verify:rounding", "no_verify", "allow_loss", "allow_untie", "allow_svd", "allow_again"),
     ),
     Group(
         "Machine, cluster and Hub",

@@ -125,6 +125,10 @@ def _hint(errors: list[tuple[str, Issue]]) -> str:
     if not errors:
         return "--strict counts warnings as errors"
     checks = {check for check, _ in errors}
+    if (
+        other := [issue.hint for _, issue in errors if issue.code == "other-rounding"]
+    ) and "planned" not in checks:
+        return other[0]
     # With another adapter or base, a recomputation differs for that reason.
     if checks & _OF_VALUES and "planned" not in checks:
         return "merge again, or restore the output from a copy; verify --json lists everything that differs"

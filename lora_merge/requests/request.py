@@ -204,6 +204,11 @@ class VerifyRequest:
     """How much to check. sample: part of every merged row by random projections, and some rows recomputed.
     full: all rows recomputed. structure: names, shapes and files only. Default: sample."""
 
+    rounding: RoundingMethod | None = None
+    """How merged values were rounded, of an output without a manifest. nearest: to the nearest number.
+    adapter: so that the adapter's effect is kept. stochastic: to a random neighbour. Default: the one in its
+    manifest; without it nearest, or adapter on a quantised base's scales."""
+
     forward: bool = False
     """Compare the logits of base + adapter (unmerged) with those of the merged checkpoint."""
 

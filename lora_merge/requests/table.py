@@ -48,6 +48,13 @@ _VERIFY: tuple[Option, ...] = (
         default="sample",
     ),
     Option(
+        "rounding",
+        ("verify",),
+        kinds.ROUNDING,
+        "How merged values were rounded, of an output without a manifest. nearest: to the nearest number. adapter: so that the adapter's effect is kept. stochastic: to a random neighbour.",
+        "default: the one in its manifest; without it nearest, or adapter on a quantised base's scales",
+    ),
+    Option(
         "forward",
         ("verify",),
         kinds.SWITCH,

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.core.report import error
 from lora_merge.errors import ResolveError
 from lora_merge.formats.trainer_files import chosen, file_names
 from lora_merge.requests.values import parse_adapter
 from lora_merge.storage.objects.urls import is_store_url
 from lora_merge.storage.user_paths import is_directory, user_path
+from lora_merge.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from lora_merge.formats.manifest import RecordedInput
+    from lora_merge.core.adapter import AdapterUse
+    from lora_merge.core.report import Issue
+    from lora_merge.formats.manifest import Manifest, RecordedInput
 
 
 def check_asked(recorded: Iterable[RecordedInput]) -> None:
@@ -48,3 +52,19 @@ def is_there(name: str, adapters: Sequence[str]) -> bool:
 def weighted(text: str, weight: float) -> str:
     """Return an adapter as requests name it: with its weight, unless that is 1."""
     return text if weight == 1 else f"{text}:{weight!r}"
+
+
+def other_adapters(manifest: Manifest | None, uses: Sequence[AdapterUse], *, named: bool) -> Iterable[Issue]:
+    """Yield an error for each adapter whose digest differs from the recorded one."""
+    if manifest is None:
+        return
+    then, now = manifest.adapters, uses
+    if len(then) != len(now):
+        sentence = f"{counted(len(now), 'adapter')} given, expected {len(then)} as in the manifest"
+        yield error("other-adapter", "", sentence)
+        return
+    for recorded_one, use in zip(then, now, strict=True):
+        if recorded_one.digest != use.adapter.digest:
+            sentence = f"is not the adapter that was merged: its digest is {use.adapter.digest}, expected {recorded_one.digest}"
+            hint = "" if named else "pass the adapter that was merged with --adapter"
+            yield error("other-adapter", use.adapter.root, sentence, hint)

@@ -18,7 +18,7 @@ from lora_merge.checks.reckoners import reckoners
 from lora_merge.checks.recorded import recorded
 from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import Copy, Merge, MergePlan
-from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
+from lora_merge.core.report import Finding, Observer, Proof, Silence, error, warning
 from lora_merge.core.tensor import Survival, TensorRef
 from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
 from lora_merge.executors.crew import Crew
@@ -45,14 +45,18 @@ from lora_merge.storage.source import is_hub_text
 from lora_merge.storage.sources import is_local
 from lora_merge.storage.user_paths import is_directory, user_path
 from lora_merge.verification.existing_output import Existing, find_output
-from lora_merge.verification.recorded_inputs import check_asked, is_there, place_text, weighted
+from lora_merge.verification.recorded_inputs import (
+    check_asked,
+    is_there,
+    other_adapters,
+    place_text,
+    weighted,
+)
 from lora_merge.verification.records import Records
+from lora_merge.verification.unrecorded import check_rounding, other_rounding, plan_as_stored
 from lora_merge.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from lora_merge.core.adapter import AdapterUse
     from lora_merge.core.comparison import Comparison
     from lora_merge.formats.written_checkpoint import Output
 
@@ -91,6 +95,7 @@ def _check_level(request: VerifyRequest) -> None:
     compared = {
         "--base": request.base,
         "--adapter": request.adapter,
+        "--rounding": request.rounding,
         "--forward": request.forward,
         "--engine": request.engine,
     }
@@ -110,6 +115,7 @@ class _Again:
 
     joined: Joined
     plan: MergePlan
+    policy: Policy
     inputs: Inputs
 
     places: tuple[Place, ...]
@@ -214,6 +220,7 @@ class _Verification:
             text = str(exc) if isinstance(exc, CheckpointError) else f"is not a known manifest ({exc})"
             issue = error("broken-manifest", MANIFEST_FILE, text)
             return None, Finding("recorded", "the manifest cannot be read", (issue,))
+        check_rounding(self.request.rounding, manifest)
         with self.clock("recorded"):
             self.watch.phase("comparing digests", 0)
             with Crew(usable_cores()) as crew:
@@ -239,6 +246,8 @@ class _Verification:
             with self.clock("plan"):
                 found = join_inputs(texts, reading, self.watch)
                 plan = make_plan(found.joined, policy)
+                if manifest is None:
+                    plan, policy = plan_as_stored(found.joined, plan, policy, self.output)
         except RequestError as exc:
             # The user's own options were parsed before, so the manifest is at fault.
             issue = error("broken-manifest", MANIFEST_FILE, f"describes a merge that is not possible ({exc})")
@@ -258,20 +267,20 @@ class _Verification:
             if named:
                 raise
             return None, Finding("planned", "base and adapter no longer fit", tuple(exc.issues))
-        issues = tuple(_other_adapters(manifest, found.joined.uses, named=bool(self.request.adapter)))
+        issues = tuple(other_adapters(manifest, found.joined.uses, named=bool(self.request.adapter)))
         n_merged = sum(isinstance(step.op, Merge) for step in plan.steps)
         finding = Finding(
             "planned", f"{counted(n_merged, 'merged tensor')}, planned again from base and adapter", issues
         )
         places = (found.base, *found.adapters)
-        return _Again(found.joined, plan, found.inputs, places), finding
+        return _Again(found.joined, plan, policy, found.inputs, places), finding
 
     def _asked_again(self, manifest: Manifest | None) -> tuple[InputTexts, Reading, Policy]:
         """Return how the merge was made, by its manifest, with the inputs of this request in place of recorded ones.
 
         Permissions (``allow_untie`` …) are not recorded. All are granted here: the merge was made, so it had them.
         """
-        recorded_options = manifest.options if manifest is not None else {}
+        recorded_options = manifest.options if manifest is not None else {"rounding": self.request.rounding}
         options = {name: recorded_options[name] for name in (*_READING, *_POLICY) if name in recorded_options}
         near = Path(self.output.root).parent
         base, adapters = self.request.base, self.request.adapter
@@ -350,7 +359,10 @@ class _Verification:
             for name, detail in details.items():
                 # At the full level this check needs digests of merged tensors, which are not recorded here.
                 asked = replace(evidence, level="sample") if name == "untouched" else evidence
-                found.append(Finding(name, detail, tuple(CHECKS[name](asked))))
+                wrong = tuple(CHECKS[name](asked))
+                if name == "recompute" and manifest is None:
+                    wrong = (*other_rounding(again.joined, again.policy, evidence, wrong), *wrong)
+                found.append(Finding(name, detail, wrong))
         return found
 
 
@@ -362,19 +374,3 @@ def _nothing_compared(findings: list[Finding]) -> list[Finding]:
     hint = "pass --base and --adapter, or --level structure if the structure is enough"
     issue = error("nothing-compared", "", sentence, hint)
     return [Finding("compared", "there is neither a manifest nor a base and an adapter", (issue,))]
-
-
-def _other_adapters(manifest: Manifest | None, uses: Sequence[AdapterUse], *, named: bool) -> Iterable[Issue]:
-    """Yield an error for each adapter whose digest differs from the recorded one."""
-    if manifest is None:
-        return
-    then, now = manifest.adapters, uses
-    if len(then) != len(now):
-        sentence = f"{counted(len(now), 'adapter')} given, expected {len(then)} as in the manifest"
-        yield error("other-adapter", "", sentence)
-        return
-    for recorded_one, use in zip(then, now, strict=True):
-        if recorded_one.digest != use.adapter.digest:
-            sentence = f"is not the adapter that was merged: its digest is {use.adapter.digest}, expected {recorded_one.digest}"
-            hint = "" if named else "pass the adapter that was merged with --adapter"
-            yield error("other-adapter", use.adapter.root, sentence, hint)
