@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, cast
 
 from lora_merge.core.tensor import TORCH_NAMES
 from lora_merge.deltas.algebra import Look, Product, Unsurveyed
@@ -68,6 +68,33 @@ class StackedFacts(FactorFacts):
     is_stacked: ClassVar[bool] = True
 
 
+class Summing(NamedTuple):
+    """How a low-rank product is added to a weight."""
+
+    is_product: bool
+    """True where nothing is done to it but scaling, and it is of one block."""
+
+    is_fused: bool
+    """True where B is scaled in place of the product, and the matrix library adds the product."""
+
+
+def summing(delta: PlacedDelta, rank: int, shape: tuple[int, int]) -> Summing:
+    """Return how the product of a delta is added.
+
+    Args:
+        delta: the change.
+        rank: rows of A.
+        shape: of the product, ``[out, in]``.
+    """
+    # Scaling by a power of two is exact, so B can be scaled in place of the product.
+    exact = math.frexp(delta.scale)[0] in {0.5, -0.5}
+    # A rounding or a divisor has to come between product and sum, as in PEFT.
+    divisor = delta.facts.divisor if isinstance(delta.facts, LowRankFacts) else None
+    plain = not delta.rounded and divisor is None
+    small = rank <= _FUSED_RANK and min(shape) >= _FUSED_SIDE
+    return Summing(plain and small and not delta.region.transposed, exact and plain and small)
+
+
 class LowRank(Unsurveyed):
     """W ← W + s · B A, or its transpose for a weight stored ``[in, out]``.
 
@@ -96,13 +123,8 @@ class LowRank(Unsurveyed):
         self._transposed = delta.region.transposed
         self._rounded_to = stored if delta.rounded else ""
         self._round_weight = bool(self._rounded_to and delta.round_before_next)
-        # Scaling by a power of two is exact, so B can be scaled in place of the product.
-        exact = math.frexp(delta.scale)[0] in {0.5, -0.5}
-        # A rounding or a divisor has to come between product and sum, as in PEFT.
-        plain = not self._rounded_to and self._divisor is None
-        small = len(self._a) <= _FUSED_RANK and min(len(self._b), self._a.shape[1]) >= _FUSED_SIDE
-        self._fused = exact and plain and small
-        self._is_product = plain and small and not self._transposed
+        way = summing(delta, len(self._a), (len(self._b), self._a.shape[1]))
+        self._fused, self._is_product = way.is_fused, way.is_product
         if self._fused:
             self._b = self._b * delta.scale
         self._buffer: torch.Tensor | None = None

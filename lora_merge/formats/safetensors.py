@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    import numpy as np
     import torch
 
     from lora_merge.modeling.pieces import Box
@@ -374,3 +375,21 @@ def load(ref: TensorRef) -> torch.Tensor:
     with open_source(ref.file) as source:
         read_into(source, raw.numpy().data, ref.start)
     return raw.view(getattr(torch, STORED_TYPES[ref.dtype])).view(ref.shape)
+
+
+def load_numbers(ref: TensorRef) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return a whole tensor as float32 in its shape, without torch. For factors in float32, float16 or bfloat16.
+
+    Raises:
+        CheckpointError: the file ends too soon.
+    """
+    import numpy as np
+
+    raw = bytearray(ref.nbytes)
+    with open_source(ref.file) as source:
+        read_into(source, memoryview(raw), ref.start)
+    if ref.dtype == "BF16":
+        # The upper half of a float32.
+        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view(np.float32).reshape(ref.shape)
+    stored = np.frombuffer(raw, {"F32": "<f4", "F16": "<f2"}[ref.dtype])
+    return stored.astype(np.float32, copy=False).reshape(ref.shape)

@@ -22,7 +22,16 @@ from lora_merge.merging.observer import Heard
 from lora_merge.merging.on_cluster import demand_of, lock_of, seen_elsewhere
 from lora_merge.merging.staged import Staged, take_place, take_up
 from lora_merge.merging.unchanged_inputs import check_names
-from lora_merge.merging.worker import CopySpec, FileSpec, MergeSpec, TorchLoading, short_switch_interval
+from lora_merge.merging.worker import (
+    BeginSpec,
+    BegunPiece,
+    CopySpec,
+    FileSpec,
+    MergeSpec,
+    TorchLoading,
+    can_be_begun,
+    short_switch_interval,
+)
 from lora_merge.runtime.interrupts import as_keyboard_interrupt
 from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.input_files import watching
@@ -30,10 +39,17 @@ from lora_merge.storage.input_files import watching
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lora_merge.core.work import Done, Work, WorkerSpec
+    from lora_merge.core.work import Done, Piece, Work, WorkerSpec
     from lora_merge.merging.preparing import Made, Prepared
     from lora_merge.storage.destination import Destination
     from lora_merge.storage.input_files import Watch
+
+
+_THREADS = frozenset({"auto", "threads", "serial"})
+"""Executors whose workers are in this process, where torch is loaded."""
+
+_MOST_EARLY = 4
+"""Workers that begin merges while torch is loaded. Each of them takes the interpreter from the thread that imports it."""
 
 
 def write(group: Sequence[Prepared], budget: Budget, watch: Observer) -> Iterator[Made]:
@@ -101,7 +117,8 @@ class _Driver:
     progress: FileProgress
 
     def fill(self, loading: TorchLoading) -> None:
-        """Carry out every step that is not done: copies while torch loads (a second or more), then merges.
+        """Carry out every step that is not done: copies while torch loads (a second or more), and the merges that need nothing of
+        it; then all other merges.
 
         Copies are flushed meanwhile; what is merged is on its way to the disk by itself.
         """
@@ -122,8 +139,11 @@ class _Driver:
             # up.
             for output in outputs:
                 output.place.rest()
+        pieces = filling.merges(left, order)
+        self.watch.phase("loading torch", 0)
+        with self._clocks("merge"), short_switch_interval():
+            begun = self._begin(loading, copying, pieces)
         with self._clocks("load"):
-            self.watch.phase("loading torch", 0)
             loading.wait()
         first = outputs[0].prepared
         with self._clocks("merge"), watching(*known) as seen:
@@ -132,12 +152,40 @@ class _Driver:
                 copying.inputs,
                 first.device,
                 self.budget.tile_elements,
-                # One worker makes all outputs of a piece, so if one output is verified, all are projected.
-                is_checked=any(output.prepared.request.verify != "none" for output in outputs),
+                is_checked=self._is_checked,
             )
-            self._work("merging", merging, filling.merges(left, order), first.device, seen)
+            taken = {id(one.piece) for one in begun}
+            work: list[Piece | BegunPiece] = [*begun, *(one for one in pieces if id(one) not in taken)]
+            self._work("merging", merging, work, first.device, seen)
         for output in outputs:
             output.read(seen.inputs().readings)
+
+    @property
+    def _is_checked(self) -> bool:
+        """True where any output is verified: one worker makes all outputs of a piece, so then all are projected."""
+        return any(output.prepared.request.verify != "none" for output in self.outputs)
+
+    def _begin(self, loading: TorchLoading, copying: CopySpec, pieces: Sequence[Piece]) -> list[BegunPiece]:
+        """Have workers begin merges while torch is loaded; return those that they have begun.
+
+        Raises:
+            LoraMergeError: a piece failed.
+        """
+        first = self.outputs[0].prepared
+        wanted = [piece for piece in pieces if can_be_begun(piece)]
+        if first.device != "cpu" or first.request.executor not in _THREADS or loading.is_over or not wanted:
+            return []
+        spec = BeginSpec(
+            copying.sinks,
+            copying.inputs,
+            lambda: loading.is_over,
+            self.budget.tile_elements,
+            is_checked=self._is_checked,
+        )
+        n_workers = min(self.budget.n_workers, _MOST_EARLY)
+        run = executors.pick(n_workers, "cpu", first.request.executor)
+        with self._explaining(), contextlib.closing(run(spec, wanted, n_workers)) as results:
+            return [one for one in results if one is not None]
 
     def _fill_files(self, loading: TorchLoading) -> None:
         """Have workers make each file of the one output that is not there, from its first byte to its last."""
@@ -200,17 +248,26 @@ class _Driver:
         run = executors.pick(
             n_workers, device, request.executor, demand, pace if self.budget.n_first else None
         )
-        try:
-            with contextlib.closing(run(spec, pieces, n_workers)) as results:
-                for done in results:
-                    self._take(done, seen)
-        except CheckpointError:
-            for output in self.outputs:
-                check_names(output.inputs)  # a file that changes breaks in many ways
-            raise
+        with self._explaining(), contextlib.closing(run(spec, pieces, n_workers)) as results:
+            for done in results:
+                self._take(done, seen)
         if phase == "merging":
             for output in self.outputs:
                 output.workers = self._workers(pace, len(pieces))
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Look at the names of the inputs after an error about one: a file that changes breaks in many ways.
+
+        Raises:
+            ChangedError: an input has changed.
+        """
+        try:
+            yield
+        except CheckpointError:
+            for output in self.outputs:
+                check_names(output.inputs)
+            raise
 
     def _workers(self, pace: Pace, n_pieces: int) -> dict[str, int | str]:
         """Return how many workers did some pieces, and why (`Report.workers`)."""

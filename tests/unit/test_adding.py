@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import lora_merge
 from lora_merge.deltas.algebra import Product
-from lora_merge.merging.worker.adding import _RANKS, _is_as_torch, add
+from lora_merge.merging.worker.adding import _RANKS, add, is_as_torch
 from lora_merge.native import library as native
 from lora_merge.native.library import hidden, library
 
@@ -32,7 +32,7 @@ def wanted(base, left, right, scale):
 @pytest.mark.parametrize("rank", [2, 3, 8, 16, 17, 32, 48])
 @pytest.mark.parametrize(("rows", "columns"), [(128, 1024), (100, 4096), (65, 14336), (257, 333)])
 def test_the_bits_are_those_of_torch(rows, columns, rank, scale):
-    if not _is_as_torch(rank, scale):
+    if not is_as_torch(rank, scale):
         pytest.skip("torch's matrix library sums in another order here")
     base, left, right = drawn(rows, columns, rank)
     out = torch.empty_like(base)

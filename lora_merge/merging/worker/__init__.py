@@ -17,10 +17,12 @@ from lora_merge.merging.worker.devices import (
 from lora_merge.merging.worker.file_work import FilePiece, FileSpec
 from lora_merge.merging.worker.merger import Merger, Order, alike
 from lora_merge.merging.worker.sample import SAMPLE_ELEMENTS
-from lora_merge.merging.worker.specs import CopySpec, MergeSpec
+from lora_merge.merging.worker.specs import BeginSpec, BegunPiece, CopySpec, MergeSpec, can_be_begun
 
 __all__ = [
     "SAMPLE_ELEMENTS",
+    "BeginSpec",
+    "BegunPiece",
     "CopySpec",
     "FilePiece",
     "FileSpec",
@@ -30,6 +32,7 @@ __all__ = [
     "Order",
     "TorchLoading",
     "alike",
+    "can_be_begun",
     "copy",
     "one_torch_thread",
     "pick_device",

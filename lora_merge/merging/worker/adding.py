@@ -31,6 +31,11 @@ def can_add(op: Merge) -> bool:
     )
 
 
+def may_add(rank: int) -> bool:
+    """Return whether compiled code is to add products of a rank."""
+    return rank in _RANKS
+
+
 def add(raw: torch.Tensor, out: torch.Tensor, product: Product) -> bool:
     """Write rows with a product added, each value rounded to float32 and then to bfloat16, as torch does.
 
@@ -42,9 +47,9 @@ def add(raw: torch.Tensor, out: torch.Tensor, product: Product) -> bool:
         product: for these rows.
     """
     found, rank = library(), product.right.shape[0]
-    if found is None or rank not in _RANKS or not (raw.is_cpu and product.left.is_cpu):
+    if found is None or not may_add(rank) or not (raw.is_cpu and product.left.is_cpu):
         return False
-    if any(part.stride(1) != 1 for part in (product.left, product.right)) or not _is_as_torch(
+    if any(part.stride(1) != 1 for part in (product.left, product.right)) or not is_as_torch(
         rank, product.scale
     ):
         return False
@@ -79,7 +84,7 @@ def _call(
 
 
 @lru_cache
-def _is_as_torch(rank: int, scale: float) -> bool:
+def is_as_torch(rank: int, scale: float) -> bool:
     """Return whether torch's matrix library sums a product of this rank in order, as the compiled code does: tried out once."""
     import torch
 

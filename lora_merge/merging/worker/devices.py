@@ -154,6 +154,11 @@ class TorchLoading:
         except BaseException as exc:  # noqa: BLE001 - for whoever waits; after an interrupt nobody does
             self._failure = exc
 
+    @property
+    def is_over(self) -> bool:
+        """True once torch is imported, or could not be."""
+        return not self._thread.is_alive()
+
     def wait(self) -> None:
         """Wait until torch is imported.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lora_merge.codecs import CODECS, ENCODERS
 from lora_merge.core.tensor import TensorRecord
@@ -30,6 +30,24 @@ if TYPE_CHECKING:
     from lora_merge.merging.worker.sample import Sample  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.merging.worker.stopwatch import Stopwatch
     from lora_merge.merging.worker.workbench import Frame, Workbench  # noqa: TC004 - a field's type, never evaluated
+
+
+class Encoded(Protocol):
+    """A tile that is to be written; `Frame` is one."""
+
+    @property
+    def raw(self) -> Mapping[str, memoryview]:
+        """Role → the bytes that were read."""
+
+    @property
+    def encoded(self) -> Mapping[str, memoryview]:
+        """Role → the bytes that are written."""
+
+    def wait(self) -> None:
+        """Wait until `encoded` is complete."""
+
+    def is_finite(self) -> bool:
+        """Return True when every value that is written is finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +97,12 @@ class Filling:
         if product is None or not frame.add(product):
             return False
         if self.sample.has(n):
-            self._compare(n, frame, changers)
+            self.compare(n, frame, changers)
         return True
 
-    def _compare(self, n: int, frame: Frame, changers: Sequence[tuple[PlacedDelta, Changer]]) -> None:
+    def compare(self, n: int, frame: Frame, changers: Sequence[tuple[PlacedDelta, Changer]]) -> None:
         """Compare the first rows of a tile that is encoded already. Their values before rounding are computed for that."""
-        tile, n_rows = self.tiles[n], self.sample.n_rows(frame)
+        tile, n_rows = self.tiles[n], self.sample.n_multiplied(*frame.values.shape)
         values = frame.values[:n_rows]
         values.copy_(frame.stored[WEIGHT].view(frame.values.shape)[:n_rows])
         self.sample.before(n, frame)
@@ -100,7 +118,7 @@ class Filling:
             choose = Chosen(self.sample, self.choosing, frame, tile, changers)
         frame.encode(self.codec, tile, choose, self.survey, stored if self.op.on_stored_grid else None)
 
-    def take(self, n: int, frame: Frame, written: Parts) -> None:
+    def take(self, n: int, frame: Encoded, written: Parts) -> None:
         """Write a tile whose encoding is complete (`Frame.wait`)."""
         full = written.ranges
         if self.op.fills_across and n + 1 < len(self.tiles):
@@ -259,7 +277,7 @@ class Filled:
         self.finite = True
         """False after a tile with NaN or infinity."""
 
-    def take(self, frame: Frame, ranges: Mapping[str, PartRange]) -> None:
+    def take(self, frame: Encoded, ranges: Mapping[str, PartRange]) -> None:
         """Write a tile. Waits for the device first."""
         # On a GPU the download of this tile may still be under way.
         frame.wait()

@@ -17,6 +17,8 @@ from lora_merge.merging.worker.adding import can_add
 from lora_merge.merging.worker.changing import Working, change
 from lora_merge.merging.worker.choosing import Choosing
 from lora_merge.merging.worker.copying import copy
+from lora_merge.merging.worker.early import Begun, HostFrames, Rows
+from lora_merge.merging.worker.early import Factors as EarlyFactors
 from lora_merge.merging.worker.filling import Chosen, Filled, Filling, Loop, written_parts
 from lora_merge.merging.worker.passing import Passing
 from lora_merge.merging.worker.sample import Sample
@@ -97,6 +99,7 @@ class Merger:
         self._factors = factors or Factors(load)
         self._benches: dict[str, Workbench] = {}
         self._memory = Memory()
+        self._host = HostFrames()
 
     def __call__(self, step: Step) -> tuple[TensorRecord, ...]:
         """Carry out one step.
@@ -130,6 +133,38 @@ class Merger:
         """
         with translate_out_of_memory(f"merging {orders[0].step.name}"):
             return self._merge(orders)
+
+    def begin(self, order: Order) -> Begun | None:
+        """Write a weight without torch (`lora_merge.merging.worker.early`); None where a value is not finite.
+
+        Args:
+            order: of a merge that can be begun (`can_begin`).
+
+        Raises:
+            CheckpointError: a source cannot be read.
+            WriteError: the disk is full or cannot be written.
+            OutOfMemoryError: memory ran out.
+        """
+        with translate_out_of_memory(f"merging {order.step.name}"):
+            return self._begin(order)
+
+    def finish(self, begun: Begun) -> tuple[TensorRecord, ...] | None:
+        """Return the records of a weight that was begun; None where torch writes other bits, and it has to be merged again.
+
+        Raises:
+            CheckpointError: a factor cannot be read.
+            OutOfMemoryError: memory ran out.
+        """
+        self._watch.start()
+        bench = self._workbench("comparing", Workbench)
+        if not begun.is_as_torch():
+            return None
+        with translate_out_of_memory(f"merging {begun.output.step.name}"):
+            begun.compare(bench, self._working(begun.output.op))
+            self._watch.lap("change")
+            found = begun.output.records(begun.digests)
+            self._watch.lap("check")
+        return found
 
     def foresee(
         self, op: Merge, rows: tuple[int, int], roundings: Mapping[str, Rounding | None]
@@ -205,6 +240,36 @@ class Merger:
         found = [output.records(digests) for output in outputs]
         watch.lap("check")
         return found
+
+    def _begin(self, order: Order) -> Begun | None:
+        watch, op = self._watch, order.op
+        watch.start()
+        tiles, rows, columns = self._tiles(op), None, op.view.columns
+        with contextlib.ExitStack() as stack:
+            reader = stack.enter_context(WeightReader(op.source, op.view.n_rows))
+            output = self._output(0, order, tiles, stack)
+            factors = EarlyFactors(op.deltas[0])
+            watch.lap("prepare")
+            for n, (start, end) in enumerate(tiles):
+                tile, frame = reader.tile(start, end), self._host.frame(end - start, columns)
+                read = Parts(op.source.storage, reader.ranges(tile))
+                reader.read_into(frame.raw, read.ranges)
+                watch.lap("read")
+                if output.passing is not None:
+                    output.passing.before(n, frame)
+                    watch.lap("check")
+                if not factors.add(frame, start, end):
+                    return None
+                if output.sample.has(n):
+                    rows = Rows.of(n, frame, output.sample.n_compared(end - start, columns))
+                watch.lap("change")
+                output.take(n, frame, output.parts(tile, read))
+                watch.lap("check")
+            digests = reader.digests()
+        if output.passing is not None:
+            output.passing.rest()
+        watch.lap("write")
+        return Begun(output, digests, factors.rank, factors.scale, rows)
 
     def _tiles(self, op: Merge) -> list[tuple[int, int]]:
         """Return the row ranges of a weight that are not empty."""

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import Merge
     from lora_merge.core.tensor import TensorRef
     from lora_merge.core.weight import PartRange
-    from lora_merge.merging.worker.workbench import Frame
+    from lora_merge.merging.worker.filling import Encoded
 
 BLOCK_EVERY = 8
 """One tile in eight is read back from the disk, where not all are: its digest is taken while it is in the cache."""
 
-_VIEWS: WeakKeyDictionary[Frame, dict[tuple[str, Pattern], TileViews | CompiledViews]] = WeakKeyDictionary()
+_VIEWS: WeakKeyDictionary[Encoded, dict[tuple[str, Pattern], TileViews | CompiledViews]] = WeakKeyDictionary()
 """Views of each frame's buffers. They are the same for every tile of a shape, so they are made once."""
 
 
 class _Seen(NamedTuple):
     """A frame, and the views of one of its buffers."""
 
-    frame: Frame
+    frame: Encoded
     views: TileViews | CompiledViews
 
 
@@ -57,12 +57,12 @@ class Passing:
         # Nearly all tiles of a tensor have one shape, and so one frame.
         self._last: dict[str, _Seen] = {}
 
-    def before(self, n: int, frame: Frame) -> None:
+    def before(self, n: int, frame: Encoded) -> None:
         """Project a tile as it was read."""
         if self._projection is not None:
             self._projection.before(n, self._views(self._projection, n, frame, "raw"))
 
-    def after(self, n: int, frame: Frame, ranges: Mapping[str, PartRange]) -> None:
+    def after(self, n: int, frame: Encoded, ranges: Mapping[str, PartRange]) -> None:
         """Project a tile as it is written, and take its digest if it is one of those drawn."""
         if n % BLOCK_EVERY == self._drawn:
             for role, part in ranges.items():
@@ -78,13 +78,13 @@ class Passing:
             self._blocks[role].append((first, nbytes, digest_text(digest)))
             at += nbytes
 
-    def _views(self, projection: Projection, n: int, frame: Frame, use: str) -> TileViews | CompiledViews:
+    def _views(self, projection: Projection, n: int, frame: Encoded, use: str) -> TileViews | CompiledViews:
         last = self._last.get(use)
         if last is None or last.frame is not frame:
             last = self._last[use] = _Seen(frame, self._found(projection, n, frame, use))
         return last.views
 
-    def _found(self, projection: Projection, n: int, frame: Frame, use: str) -> TileViews | CompiledViews:
+    def _found(self, projection: Projection, n: int, frame: Encoded, use: str) -> TileViews | CompiledViews:
         found = _VIEWS.setdefault(frame, {})
         key = use, projection.pattern
         if key not in found:
@@ -92,6 +92,10 @@ class Passing:
             content, dtype = (frame.raw, self._read) if use == "raw" else (frame.encoded, self._written)
             found[key] = projection.views(content[WEIGHT], end - start, dtype)
         return found[key]
+
+    def rest(self) -> None:
+        """Let go of the buffers: all tiles have passed."""
+        self._last.clear()
 
     def suspects(self) -> tuple[tuple[int, int], ...] | None:
         """Return the row ranges whose projections do not match the expected change; None where nothing is projected.

@@ -50,9 +50,13 @@ class Sample:
         """Return whether it is the tile whose rows are compared."""
         return tile == self._tile
 
-    def n_rows(self, frame: Frame) -> int:
-        """Return how many of a tile's rows have to be changed for the comparison."""
-        return min(len(frame.values), max(len(self._rows(frame.values)), _MULTIPLIED))
+    def n_compared(self, rows: int, columns: int) -> int:
+        """Return how many rows are compared of a tile with so many rows and columns, the first ones."""
+        return max(1, min(rows, self._elements // max(columns, 1)))
+
+    def n_multiplied(self, rows: int, columns: int) -> int:
+        """Return how many of them have to be changed for the comparison."""
+        return min(rows, max(self.n_compared(rows, columns), _MULTIPLIED))
 
     def before(self, tile: int, frame: Frame) -> None:
         """Keep the rows of a tile, if it is the middle one."""
@@ -133,5 +137,4 @@ class Sample:
         return values[:n_rows]
 
     def _rows(self, values: torch.Tensor) -> torch.Tensor:
-        n_rows, n_columns = values.shape
-        return values[: max(1, min(n_rows, self._elements // max(n_columns, 1)))]
+        return values[: self.n_compared(*values.shape)]

@@ -7,15 +7,19 @@ made from can be sent to another process.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_merge.core.identity import Inputs
-from lora_merge.core.work import Done
+from lora_merge.core.identity import Inputs, Place
+from lora_merge.core.plan import Merge
+from lora_merge.core.work import Done, Piece
 from lora_merge.deltas import Factors
 from lora_merge.formats.safetensors import load
 from lora_merge.merging.worker.copying import copy
 from lora_merge.merging.worker.devices import one_torch_thread
+from lora_merge.merging.worker.early import Begun, can_begin
 from lora_merge.merging.worker.merger import Merger, Order
 from lora_merge.merging.worker.stopwatch import Stopwatch
 from lora_merge.storage.copy_runs import CopyRun
@@ -24,8 +28,6 @@ from lora_merge.storage.input_files import Watch, told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from lora_merge.core.work import Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,58 @@ class MergeSpec:
             yield [MergeWorker(self, factors) for _ in range(n)]
 
 
+@dataclass(frozen=True, slots=True)
+class BeginSpec:
+    """Makes workers that begin merges while torch is loaded, in threads of this process."""
+
+    sinks: tuple[Sink, ...]
+    """Where each output's bytes go, by its number."""
+
+    inputs: Inputs
+    """The files that may be read, as they were when the merge was planned."""
+
+    is_over: Callable[[], bool]
+    """Returns True once torch is there: what is not begun then is left to those who need it."""
+
+    tile_elements: int | None = None
+    """Of a row tile; None: what suits the CPU's cache."""
+
+    is_checked: bool = True
+    """Look at part of every row as it passes, for the verification that follows."""
+
+    @contextlib.contextmanager
+    def make(self, n: int) -> Iterator[list[BeginWorker]]:
+        """Yield n workers."""
+        factors = Factors(load)
+        yield [BeginWorker(self, factors) for _ in range(n)]
+
+
+@dataclass(frozen=True, slots=True)
+class BegunPiece:
+    """A piece that was begun, and is to be finished."""
+
+    piece: Piece
+    begun: Begun
+    busy: Mapping[str, float]
+    """Seconds that it took so far, by stage."""
+
+    readings: Mapping[Place, str]
+    """The digest of each place that was read for it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it writes."""
+        return self.piece.nbytes
+
+
+def can_be_begun(piece: Piece) -> bool:
+    """Return whether a piece of one output can be begun without torch."""
+    if len(piece.wanted) != 1:
+        return False
+    ((_, steps),) = piece.wanted
+    return len(steps) == 1 and isinstance(steps[0].op, Merge) and can_begin(steps[0].op)
+
+
 class CopyWorker:
     """Copies runs of tensors. A run that several outputs want is read once."""
 
@@ -99,6 +153,34 @@ class CopyWorker:
         return Done(tuple(found), self._time.taken(), self._watch.taken())
 
 
+class BeginWorker:
+    """Begins merges that need nothing of torch."""
+
+    def __init__(self, spec: BeginSpec, factors: Factors) -> None:
+        self._spec, self._time = spec, Stopwatch()
+        self._merger = Merger(
+            spec.sinks[0], "cpu", spec.tile_elements, self._time, factors, is_checked=spec.is_checked
+        )
+        self._watch = Watch(Inputs(spec.inputs.files), is_closed=True)
+
+    def __call__(self, piece: Piece) -> BegunPiece | None:
+        """Write the weight of a piece; None where it is left alone.
+
+        Raises:
+            CheckpointError: a source cannot be read, or has changed.
+            WriteError: the disk is full or cannot be written.
+            OutOfMemoryError: memory ran out.
+        """
+        if self._spec.is_over():
+            return None
+        ((number, (step,)),) = piece.wanted
+        with told(self._watch):
+            begun = self._merger.begin(Order(step, self._spec.sinks[number]))
+        if begun is None:
+            return None
+        return BegunPiece(piece, begun, self._time.taken(), self._watch.taken())
+
+
 class MergeWorker:
     """Merges one stored weight for every output that wants it; it is read once."""
 
@@ -110,14 +192,29 @@ class MergeWorker:
         )
         self._watch = Watch(Inputs(spec.inputs.files), is_closed=True)
 
-    def __call__(self, piece: Piece) -> Done:
-        """Merge one weight into every output that wants it.
+    def __call__(self, piece: Piece | BegunPiece) -> Done:
+        """Merge one weight into every output that wants it, or finish what was begun.
 
         Raises:
             CheckpointError: a source cannot be read, or has changed.
             WriteError: the disk is full or cannot be written.
             OutOfMemoryError: memory ran out.
         """
+        return self._finished(piece) if isinstance(piece, BegunPiece) else self._merged(piece)
+
+    def _finished(self, piece: BegunPiece) -> Done:
+        with told(self._watch):
+            records = self._merger.finish(piece.begun)
+        if records is None:
+            return self._merged(piece.piece)
+        ((number, _),) = piece.piece.wanted
+        busy = Counter(piece.busy)
+        busy.update(self._time.taken())
+        return Done(
+            tuple((number, record) for record in records), busy, {**piece.readings, **self._watch.taken()}
+        )
+
+    def _merged(self, piece: Piece) -> Done:
         orders = [Order(step, self._sinks[number]) for number, (step,) in piece.wanted]
         with told(self._watch):
             merged = self._merger.together(orders)
