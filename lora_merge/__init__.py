@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
 from lora_merge._version import __version__
 
+# `typing` and `importlib` take time, in which an interrupt of the command would end with a traceback of Python.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from lora_merge.api import convert, diagnose, extract, inspect, merge, plan, verify
     from lora_merge.conversion.lora import ConvertReport
     from lora_merge.core.plan import MergePlan
@@ -116,6 +117,8 @@ def __getattr__(name: str) -> Any:
     Raises:
         AttributeError: it is not one of `__all__`.
     """
+    from importlib import import_module
+
     if name in _VERBS:
         return getattr(import_module("lora_merge.api"), name)
     if name in __all__:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from lora_merge import __version__
-from lora_merge.cli import exits
+from lora_merge.cli import AGAIN, OF_THE_GROUP, exits, interrupted_words, is_only_shown
 from lora_merge.cli.batch import batch
 from lora_merge.cli.completion import VARIABLE, completion
 from lora_merge.cli.convert import convert
@@ -37,11 +37,6 @@ if TYPE_CHECKING:
 
     from click.shell_completion import CompletionItem
 
-_SHOWING = {"plan", "verify", "inspect", "doctor", "completion"}
-_OF_THE_GROUP = {"--help", "-h", "--help-all", "--version"}
-_SHOWN_BY = {"--dry-run", *_OF_THE_GROUP}
-"""Commands and options whose only result is what they print."""
-
 _MORE = "COMMAND --help explains a command; --help-all explains every option."
 
 
@@ -52,7 +47,7 @@ class _App(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Insert ``merge`` if the first argument names no command."""
-        if args and args[0] not in self.commands and args[0] not in _OF_THE_GROUP:
+        if args and args[0] not in self.commands and args[0] not in OF_THE_GROUP:
             if not ctx.resilient_parsing and _is_command(args):
                 raise UnknownCommandError(f"no command {args[0]}", ctx)
             args = ["merge", *args]
@@ -134,22 +129,15 @@ class _App(click.Group):
             _say_usage(exc, arguments, as_json=as_json)
         except (click.Abort, KeyboardInterrupt) as exc:
             code = exits.INTERRUPTED
-            sentence, said = "interrupted", exc.__cause__ or exc
-            if not _is_only_shown(arguments):
-                sentence += "; no output was created"
+            sentence, said = interrupted_words(arguments), exc.__cause__ or exc
             if not getattr(said, "__notes__", ()):
-                said.add_note("run the same command again to start over")
+                said.add_note(AGAIN)
             say_error(said, sentence, code, as_json=as_json)  # click makes an Abort of it
         except LoraMergeError as exc:
             code = exits.code_of(exc)
             say_error(exc, str(exc), code, as_json=as_json, verbose=verbose)
         code = code if isinstance(code, int) else exits.OK
-        sys.exit(_with_lost_result(code, is_all=_is_only_shown(arguments)))
-
-
-def _is_only_shown(arguments: Sequence[str]) -> bool:
-    """Return True where a command's only result is what it prints."""
-    return bool(_SHOWING & set(arguments[:1]) or _SHOWN_BY & set(arguments))
+        sys.exit(_with_lost_result(code, is_all=is_only_shown(arguments)))
 
 
 def _is_command(arguments: Sequence[str]) -> bool:

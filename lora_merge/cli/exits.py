@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_merge.cli import INTERRUPTED as _INTERRUPTED
 from lora_merge.errors import (
     LoraMergeError,
     PlanError,
@@ -19,7 +20,7 @@ PLAN = 4
 WRITE = 5
 VERIFY = 6
 BATCH = 7
-INTERRUPTED = 130
+INTERRUPTED = _INTERRUPTED
 
 # Printed by ``--help``.
 MEANINGS: dict[int, str] = {

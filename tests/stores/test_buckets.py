@@ -195,6 +195,6 @@ def test_without_the_package_a_url_is_one_sentence(url, monkeypatch):
 
 
 def test_nothing_is_imported_before_a_url_is_used():
-    code = "import sys, lora_merge.cli, lora_merge.storage.sources; print({'obstore', 'boto3', 'botocore'} & set(sys.modules))"
+    code = "import sys, lora_merge.cli.process, lora_merge.storage.sources; print({'obstore', 'boto3', 'botocore'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

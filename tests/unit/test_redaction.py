@@ -99,9 +99,11 @@ def test_a_command_that_is_wrong_is_said_without_a_token(arguments, cli):
 
 def test_the_environments_token_is_taken_out_of_the_traceback_of_a_bug(tmp_path):
     program = (
-        "import sys, lora_merge.cli as cli\n"
+        "import sys\n"
+        "from lora_merge import cli\n"
+        "from lora_merge.cli import process\n"
         f"def broken(**_): raise TypeError({f'Bearer {OTHER}'!r})\n"
-        "cli.main = broken\n"
+        "process.main = broken\n"
         "cli.entry()\n"
     )
     environment = {**os.environ, "HF_TOKEN": OTHER}
