@@ -22,7 +22,6 @@ from lora_merge.formats.weights import weight_norms
 from lora_merge.inspection import plots
 from lora_merge.inspection.describe import Measured, Surroundings, inspection
 from lora_merge.merging.changes import change_of, norms_of
-from lora_merge.merging.worker import one_torch_thread
 from lora_merge.peft_rules.loose_ends import without_base
 from lora_merge.planning import Reading, check_fit
 from lora_merge.planning.locate import check_ignored, find, locate_adapter
@@ -33,6 +32,7 @@ from lora_merge.quantised import describe
 from lora_merge.requests.request import InspectRequest
 from lora_merge.runtime.machine import usable_cores
 from lora_merge.runtime.shortage import MORE, translate_out_of_memory
+from lora_merge.runtime.torch_threads import one_torch_thread
 from lora_merge.serving import ENGINES
 from lora_merge.storage.hub import Access
 from lora_merge.storage.local_copies import local_path

@@ -11,8 +11,9 @@ from lora_merge.core.weight import FLOAT32
 from lora_merge.deltas import keeps_effect
 from lora_merge.merging.memory import InMemory
 from lora_merge.merging.survival import effect_error_of, kept_of
-from lora_merge.merging.worker import Merger, one_torch_thread
+from lora_merge.merging.worker import Merger
 from lora_merge.planning.steps import tile_multiple
+from lora_merge.runtime.torch_threads import one_torch_thread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

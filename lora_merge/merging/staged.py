@@ -28,12 +28,13 @@ from lora_merge.merging.unchanged_inputs import (
     portable,
     used_by,
 )
-from lora_merge.merging.worker import one_torch_thread, short_switch_interval
+from lora_merge.merging.worker import short_switch_interval
 from lora_merge.planning.run import check_strict
 from lora_merge.requests.recording import record_of
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.machine import usable_cores
 from lora_merge.runtime.shortage import translate_out_of_memory
+from lora_merge.runtime.torch_threads import one_torch_thread
 from lora_merge.storage.copy_runs import RUN_BYTES, STORE_RUN_BYTES, whole_copies
 from lora_merge.storage.digests import is_of_file
 from lora_merge.storage.input_files import watching
@@ -295,8 +296,7 @@ class Staged:
             WriteError: the disk refused something.
         """
         request = self.prepared.request
-        # Cheap (one stat per file), and a changed input explains all that follows better than a failed
-        # verification.
+        # One stat per file, and a changed input explains what follows better than a failed verification.
         check_names(self.inputs)
         with self.clock("seal"), watching(self.inputs) as seen:
             sealed = seal(self.place, self.plan, self._records, provenance_of(self.prepared.planned))

@@ -12,6 +12,7 @@ from lora_merge.deltas.factors import FactorFacts, Factors
 from lora_merge.deltas.low_rank import plain_pair
 from lora_merge.formats.safetensors import load
 from lora_merge.formats.weights import WeightReader
+from lora_merge.runtime.torch_threads import one_torch_thread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,6 +47,14 @@ def distances(
     Raises:
         CheckpointError: a file cannot be read.
     """
+    # For samples of this size torch's threads take longer to wait for each other than to work.
+    with one_torch_thread():
+        return _distances(ours, others, deltas)
+
+
+def _distances(
+    ours: Mapping[str, Weight], others: Mapping[str, Weight], deltas: Mapping[str, Sequence[PlacedDelta]]
+) -> dict[str, float]:
     names = [name for name in ours if _is_comparable(ours[name], others.get(ours[name].name), deltas[name])]
     # Spread over the layers, which are in order.
     step = max(1, -(-len(names) // MOST_TENSORS))

@@ -27,7 +27,7 @@ from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.merging.headline import Work, announce, merge_headline, model_words
 from lora_merge.merging.unchanged_inputs import check_names
-from lora_merge.merging.worker import TorchLoading, one_torch_thread, short_switch_interval
+from lora_merge.merging.worker import TorchLoading, short_switch_interval
 from lora_merge.planning import Joined, Policy, Reading, make_plan
 from lora_merge.planning.locate import Place
 from lora_merge.planning.run import InputTexts, chosen_adapter, join_inputs
@@ -36,6 +36,7 @@ from lora_merge.requests.request import Request, VerifyRequest
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.machine import usable_cores
 from lora_merge.runtime.shortage import MORE, translate_out_of_memory
+from lora_merge.runtime.torch_threads import one_torch_thread
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
 from lora_merge.storage.local import why_no_file

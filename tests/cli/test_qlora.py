@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_merge.cli import exits
+from lora_merge.planning import distance
 from tests.tampering import edit_json
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "quantised"
@@ -239,6 +240,22 @@ def test_the_difference_of_two_copies_is_measured_by_the_adapters_change(
     assert f"(median of 2 tensors), and {ratios[worst]:.2g} times in {worst}.weight" in issue["sentence"]
     kinds = ("NF4", "full precision") if way == "original" else ("full precision", "NF4")
     assert f"was trained on {named} ({kinds[0]}), and this base is {kinds[1]}" in issue["sentence"]
+
+
+def test_the_difference_is_measured_with_one_thread(quantised, original, adapter, said, monkeypatch):
+    """Of such small samples, several take ten times as long: they wait for each other."""
+    import torch
+
+    before, n_threads, norm = torch.get_num_threads(), [], distance._delta_norm
+
+    def noted(*args):
+        n_threads.append(torch.get_num_threads())
+        return norm(*args)
+
+    monkeypatch.setattr(distance, "_delta_norm", noted)
+    (_,) = said("--base", quantised(), "--adapter", adapter(original()))
+    assert set(n_threads) == {1}
+    assert torch.get_num_threads() == before
 
 
 def test_a_difference_above_ten_times_the_change_is_a_warning_with_the_worst_tensor(

@@ -20,7 +20,8 @@ from lora_merge.core.adapter import Delta
 from lora_merge.core.tensor import Region
 from lora_merge.core.view import View
 from lora_merge.deltas import AdditionFacts, DoraFacts, LowRankFacts
-from lora_merge.merging.worker import Merger, one_torch_thread
+from lora_merge.merging.worker import Merger
+from lora_merge.runtime.torch_threads import one_torch_thread
 from tests.parity import building
 from tests.parity.kinds import KINDS
 from tests.parity.test_tiles import Memory, written

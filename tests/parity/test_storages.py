@@ -21,7 +21,8 @@ from lora_merge.deltas import DoraFacts, LowRankFacts
 from lora_merge.formats.safetensors import read_header, tensor_digest
 from lora_merge.merging.memory import InMemory
 from lora_merge.merging.staged import Staged
-from lora_merge.merging.worker import Merger, one_torch_thread
+from lora_merge.merging.worker import Merger
+from lora_merge.runtime.torch_threads import one_torch_thread
 from lora_merge.storage.journal import FILE as JOURNAL
 from tests.steps import step_at
 from tests.toys import codecs as toy_codecs

@@ -15,8 +15,9 @@ from lora_merge.core.adapter import Delta
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef
 from lora_merge.core.view import View
 from lora_merge.deltas import DoraFacts, LowRankFacts, Stack, StackedFacts
-from lora_merge.merging.worker import Merger, one_torch_thread
+from lora_merge.merging.worker import Merger
 from lora_merge.merging.worker.stopwatch import Stopwatch
+from lora_merge.runtime.torch_threads import one_torch_thread
 from tests.steps import dense_merge, step_at
 
 SHAPES = [(1000, 300), (300, 1000), (257, 129), (64, 64), (65, 1031), (129, 8), (3, 500), (1, 1)]

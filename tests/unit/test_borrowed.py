@@ -11,8 +11,9 @@ from functools import partial
 import pytest
 
 from lora_merge.executors.cuda import _EXACT_PRODUCTS
-from lora_merge.merging.worker import one_torch_thread, short_switch_interval
+from lora_merge.merging.worker import short_switch_interval
 from lora_merge.runtime.borrowed import Borrowed
+from lora_merge.runtime.torch_threads import one_torch_thread
 
 
 class Actor:

@@ -10,7 +10,6 @@ from lora_merge.merging.worker.copying import copy
 from lora_merge.merging.worker.devices import (
     NoDeviceError,
     TorchLoading,
-    one_torch_thread,
     pick_device,
     short_switch_interval,
 )
@@ -34,7 +33,6 @@ __all__ = [
     "alike",
     "can_be_begun",
     "copy",
-    "one_torch_thread",
     "pick_device",
     "short_switch_interval",
 ]

@@ -16,9 +16,9 @@ from lora_merge.deltas import Factors
 from lora_merge.errors import WriteError
 from lora_merge.formats.safetensors import load
 from lora_merge.merging.worker.copying import copy
-from lora_merge.merging.worker.devices import one_torch_thread
 from lora_merge.merging.worker.merger import Merger, Order
 from lora_merge.merging.worker.stopwatch import Stopwatch
+from lora_merge.runtime.torch_threads import one_torch_thread
 from lora_merge.storage.copy_runs import LEAST_STORE_BYTES, CopyRun
 from lora_merge.storage.destination import FilePlace
 from lora_merge.storage.in_order import InOrder

@@ -18,10 +18,10 @@ from lora_merge.core.work import Done, Piece
 from lora_merge.deltas import Factors
 from lora_merge.formats.safetensors import load
 from lora_merge.merging.worker.copying import copy
-from lora_merge.merging.worker.devices import one_torch_thread
 from lora_merge.merging.worker.early import Begun, can_begin
 from lora_merge.merging.worker.merger import Merger, Order
 from lora_merge.merging.worker.stopwatch import Stopwatch
+from lora_merge.runtime.torch_threads import one_torch_thread
 from lora_merge.storage.copy_runs import CopyRun
 from lora_merge.storage.destination import Sink
 from lora_merge.storage.input_files import Watch, told
