@@ -69,22 +69,27 @@ COMMON = {
 FAMILIES = ("llama", "llama_tied", "qwen2", "gpt2")
 
 
-def build_model(family: str) -> Any:
-    """Return a tiny model of a family with random weights, always the same, large enough to matter."""
+def build_model(family: str, **sizes: int) -> Any:
+    """Return a tiny model of a family with random weights, always the same, large enough to matter.
+
+    Args:
+        sizes: that differ from `COMMON`.
+    """
     import torch
     import transformers as t
 
     torch.manual_seed(sum(family.encode()))
     if family == "gpt2":
+        assert not sizes
         config = t.GPT2Config(
             n_embd=64, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64, bos_token_id=1, eos_token_id=2
         )
         model = t.GPT2LMHeadModel(config)
     elif family == "qwen2":
-        model = t.Qwen2ForCausalLM(t.Qwen2Config(**COMMON, tie_word_embeddings=False))
+        model = t.Qwen2ForCausalLM(t.Qwen2Config(**COMMON | sizes, tie_word_embeddings=False))
     else:
         tied = family == "llama_tied"
-        model = t.LlamaForCausalLM(t.LlamaConfig(**COMMON, tie_word_embeddings=tied))
+        model = t.LlamaForCausalLM(t.LlamaConfig(**COMMON | sizes, tie_word_embeddings=tied))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -110,16 +115,18 @@ def write_tokenizer(root: Path) -> None:
 
 @pytest.fixture(scope="session")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function (family, dtype, max_shard_size) → directory of a base checkpoint."""
-    built: dict[tuple[str, str, str | None], Path] = {}
+    """Return a function (family, dtype, max_shard_size, **sizes) → directory of a base checkpoint."""
+    built: dict[tuple[object, ...], Path] = {}
 
-    def build(family: str = "llama", dtype: str = "bfloat16", max_shard_size: str | None = None) -> Path:
-        key = (family, dtype, max_shard_size)
+    def build(
+        family: str = "llama", dtype: str = "bfloat16", max_shard_size: str | None = None, **sizes: int
+    ) -> Path:
+        key = (family, dtype, max_shard_size, *sorted(sizes.items()))
         if key not in built:
             import torch
 
             root = tmp_path_factory.mktemp(f"{family}-{dtype}")
-            model = build_model(family).to(getattr(torch, dtype))
+            model = build_model(family, **sizes).to(getattr(torch, dtype))
             model.save_pretrained(root, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
             write_tokenizer(root)
             built[key] = root
