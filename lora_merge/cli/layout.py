@@ -15,11 +15,13 @@ from lora_merge.redaction import fit
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-_TOKEN = re.compile(r"`[^`]*`\S*|\S+")
-"""A word. Text in backticks is a command or a name, and stays together."""
+_TOKEN = re.compile(r"`[^`]*`\S*|(?:\{[0-9, -]*\}|\S)+")
+"""A word. Text in backticks is a command or a name, and stays together; so do the names of several layers: ``layers.{0-3, 5}.mlp``."""
 
-_JOINTS = re.compile(r"(?<=[/,;:._=+\-])(?=[^/,;:._=+\-])")
-"""Places inside a long word where it may go on in the next line."""
+_JOINTS = (re.compile(r"(?<=[/,;:.=+])(?=[^/,;:.=+])"), re.compile(r"(?<=[_\-])(?=[^_\-])"))
+"""Places inside a long word where it may go on in the next line. The second are within the parts of a name, and only used where
+a part is longer than a line.
+"""
 
 _GAP = "  "
 _LEAST_NAME = 12
@@ -98,37 +100,52 @@ def _cut(text: str, width: int) -> str:
     return text
 
 
-def wrapped(text: str, width: int | None, hang: int = 2) -> list[str]:
+def wrapped(text: str, width: int | None, hang: int = 2, *, break_words: bool = False) -> list[str]:
     """Return a text in lines that fit into a width, broken between words; those after the first are indented.
 
-    Text in backticks is never broken. A word that is longer than a line is broken after a slash, a point or a comma.
+    A word that is longer than a line, such as the name of a tensor or a path, stays whole, so that it can be copied and searched
+    for: it is the last word of its line, which is wider. Only one word may be before it, such as ``error:``.
 
     Args:
         text: one line.
         width: of the terminal.
         hang: number of spaces before each line but the first.
+        break_words: break such words, except those in backticks, after a slash, a point or a comma. For places where a wider line
+            would be cut off or move other columns.
     """
     if width is None or cells(text) <= width:
         return [text]
     indent = re.match(r" *", text)
     lines = [indent[0] if indent is not None else ""]
-    is_empty = True
+    n_words = 0  # of the last line
     for token in _TOKEN.findall(text):
-        for piece, glue in _pieces(token, width - hang):
-            joined = f"{lines[-1]}{'' if is_empty else glue}{piece}"
-            if is_empty or cells(joined) <= width:
+        room = width - (hang if n_words else max(hang, len(lines[0])))
+        for piece, glue in _pieces(token, room) if break_words else [(token, " ")]:
+            joined = f"{lines[-1]}{glue if n_words else ''}{piece}"
+            # It is wider than any line, so it may as well follow its label.
+            is_wider = cells(piece) > room and n_words == 1 and cells(lines[-1]) <= width
+            if cells(joined) <= width or not n_words or is_wider:
                 lines[-1] = joined
+                n_words += 1
             else:
                 lines.append(f"{' ' * hang}{piece}")
-            is_empty = False
+                n_words = 1
     return lines
 
 
 def _pieces(token: str, width: int) -> list[tuple[str, str]]:
-    """Return the parts of a word, each with what is between it and the one before."""
+    """Return the parts of a word, each with what is between it and the one before.
+
+    Parts are broken after an underscore or a hyphen only where they are longer than a line.
+    """
     if cells(token) <= width or token.startswith("`"):
         return [(token, " ")]
-    first, *more = _JOINTS.split(token)
+    outer, inner = _JOINTS
+    first, *more = (
+        part
+        for whole in outer.split(token)
+        for part in ([whole] if cells(whole) <= width else inner.split(whole))
+    )
     return [(first, " "), *((part, "") for part in more)]
 
 
@@ -144,7 +161,9 @@ def facts(rows: Iterable[tuple[str, Cell]], width: int | None, indent: int = 2) 
     start = indent + max((cells(label) for label, _ in shown), default=0) + len(_GAP)
     lines = []
     for label, value in shown:
-        body = wrapped(fit(_text(value)), None if width is None else max(_LEAST_TEXT, width - start), 0)
+        body = wrapped(
+            fit(_text(value)), None if width is None else max(_LEAST_TEXT, width - start), 0, break_words=True
+        )
         lines.append(f"{' ' * indent}{_padded(label, start - indent)}{styled(body[0], value)}".rstrip())
         lines += (f"{' ' * start}{styled(line, value)}" for line in body[1:])
     return lines
@@ -210,7 +229,11 @@ def _row(
     bodies = {}
     for n in shown:
         text = fit(_text(row[n]))
-        bodies[n] = wrapped(text, widths[n], 0) if columns[n].kind == "text" else [shortened(text, widths[n])]
+        bodies[n] = (
+            wrapped(text, widths[n], 0, break_words=True)
+            if columns[n].kind == "text"
+            else [shortened(text, widths[n])]
+        )
     lines = []
     for k in range(max(map(len, bodies.values()), default=0)):
         parts = []

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from lora_merge.cli.issues import say_group
-from lora_merge.cli.layout import RED, YELLOW, Cell, Column, Mark, grid, shortened, styled, wrapped
+from lora_merge.cli.layout import RED, YELLOW, Cell, Column, Mark, cells, grid, shortened, styled, wrapped
 from lora_merge.cli.voice import say, say_layout, show, show_layout, width_of
 from lora_merge.redaction import fit
 from lora_merge.reporting.data import not_run_words
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _LISTED = 30  # differences that are printed; --json has them all
 
 _LISTED_QUIET = 3
+
+_LEAST_ROOM = 24
+"""Columns for a sentence beside a long name, where both have one line."""
 
 _STATES: Mapping[str, Cell] = {
     "passed": "ok",
@@ -56,7 +59,7 @@ def print_proof(proof: Proof, *, failed: bool, verbose: bool) -> None:
 
 
 def say_failed(proof: Proof, out: str) -> None:
-    """Print that a verification failed, and what differs first, each in one line of the terminal.
+    """Print that a verification failed, and what differs first, each in a line of the terminal or two.
 
     Args:
         proof: what was found.
@@ -75,11 +78,17 @@ def say_failed(proof: Proof, out: str) -> None:
     width = width_of(sys.stderr) if sys.stderr.isatty() else None
     say(f"error: {out}: verification failed")
     for issue in list(wrong.values())[:_LISTED_QUIET]:
-        line, *more = wrapped(f"  {fit(issue.line)}", width and width - 2)
-        say_layout([f"{line} …" if more else line])
+        say_layout(_beginning(issue, width))
     if left := cut(_LISTED_QUIET, len(wrong)):
         say(f"  {left}")
     say(f"hint: {_hint(errors) or 'the same command without -q shows all checks'}")
+
+
+def _beginning(issue: Issue, width: int | None) -> list[str]:
+    """Return the first line of an issue. One with a long name has a second line, for what is wrong with it."""
+    lines = wrapped(f"  {fit(issue.line)}", width and width - 2, hang=4)
+    n = 1 if width is None or cells(issue.subject) <= width - _LEAST_ROOM else 2
+    return [*lines[: n - 1], f"{lines[n - 1]} …"] if len(lines) > n else lines
 
 
 def _print_differences(errors: list[tuple[str, Issue]], width: int | None) -> None:

@@ -3,7 +3,8 @@
 Lines and tables take any text, including names from files of strangers. Control characters are shown as text, and
 nothing is read as markup. A stream that fails (a closed pipe, a full disk) never raises an error here.
 
-On a terminal, lines are wrapped between words. Commands to copy are never wrapped by us, so they stay one line.
+On a terminal, lines are wrapped between words. Commands, names and paths to copy are never broken by us: those that are
+longer than a line are for the terminal to wrap.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def say_raw(text: str) -> None:
 
 def say_on(shown: Live, text: str) -> None:
     """Print a line above what is drawn again and again, wrapped between words."""
-    for line in wrapped(fit(text), shown.console.width):
+    for line in wrapped(fit(text), shown.console.width, break_words=True):
         shown.console.print(drawn(line))
 
 
