@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.checks.expecting import manner_of
 from lora_merge.checks.projection import Projection
+from lora_merge.checks.weighing import Pattern
 from lora_merge.core.plan import Merge
 from lora_merge.core.weight import WEIGHT
+from lora_merge.native.library import library
 from lora_merge.storage.reading import read_into
 from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from lora_merge.checks.weighing import CompiledViews, TileViews
     from lora_merge.core.plan import Step
@@ -32,21 +35,44 @@ def suspects_of(step: Step, here: Mapping[str, TensorRef]) -> tuple[tuple[int, i
     """
     op = step.op
     assert isinstance(op, Merge)
-    source = op.source.plain
-    if source is None or not op.target.is_dense:
+    if op.source.plain is None or not op.target.is_dense:
         return None
-    return _projected(op, source, step.writes[WEIGHT], here[WEIGHT]).suspects()
+    return projected(step, here[WEIGHT], lambda _: None).suspects()
 
 
-def _projected(op: Merge, source: TensorRef, slot: TensorRef, here: TensorRef) -> Projection:
-    """Return the projection of a merged tensor. Base and output are read once each."""
-    view = op.view
+def needs_no_torch(step: Step) -> bool:
+    """Return whether compiled code can take the projections of a tensor. For `Projection.suspects` torch is needed."""
+    op = step.op
+    if not isinstance(op, Merge) or library() is None or op.source.plain is None or not op.target.is_dense:
+        return False
+    slot = step.writes[WEIGHT]
+    pattern = Pattern.of(slot.name, op.view.columns, op.source.dtype, slot.dtype)
+    return pattern.halved and manner_of(op) != "directions"
+
+
+def projected(step: Step, here: TensorRef, see: Callable[[memoryview], None]) -> Projection:
+    """Return the projection of a plain merged tensor. Base and output are read once each.
+
+    Args:
+        step: what made it.
+        here: where it is stored now.
+        see: gets every byte of the output's tensor, in order.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    op = step.op
+    assert isinstance(op, Merge)
+    source, view = op.source.plain, op.view
+    assert source is not None
     tiles = [tile for tile in view.tiles() if (tile[1] - tile[0]) * view.columns]
-    projection = Projection(op, slot, tiles)
+    projection = Projection(op, step.writes[WEIGHT], tiles)
     buffers: dict[tuple[str, int], tuple[memoryview, TileViews | CompiledViews]] = {}
 
-    def seen(file: Source, ref: TensorRef, role: str, tile: tuple[int, int]) -> TileViews | CompiledViews:
-        """Return the views of a tile that is read into a buffer; the next tile of its size uses the same buffer."""
+    def read(
+        file: Source, ref: TensorRef, role: str, tile: tuple[int, int]
+    ) -> tuple[memoryview, TileViews | CompiledViews]:
+        """Return a tile that is read into a buffer, and views of it; the next tile of its size uses the same buffer."""
         start, end = tile
         row_bytes = ref.nbytes // view.n_rows
         if (role, end - start) not in buffers:
@@ -54,10 +80,13 @@ def _projected(op: Merge, source: TensorRef, slot: TensorRef, here: TensorRef) -
             buffers[role, end - start] = content, projection.views(content, end - start, ref.dtype)
         content, views = buffers[role, end - start]
         read_into(file, content, ref.start + start * row_bytes)
-        return views
+        return content, views
 
     with open_source(source.file) as base, open_source(here.file) as output:
         for n, tile in enumerate(tiles):
-            projection.before(n, seen(base, source, "base", tile))
-            projection.after(n, seen(output, here, "output", tile))
+            _, views = read(base, source, "base", tile)
+            projection.before(n, views)
+            content, views = read(output, here, "output", tile)
+            projection.after(n, views)
+            see(content)
     return projection

@@ -15,7 +15,7 @@ from lora_merge.core.report import Finding, Issue, error, note
 from lora_merge.core.tensor import TORCH_TYPES
 from lora_merge.core.weight import WEIGHT
 from lora_merge.deltas import RowsFacts
-from lora_merge.errors import LoraMergeError, UnsupportedError
+from lora_merge.errors import CheckpointError, LoraMergeError, RequestError, UnsupportedError
 from lora_merge.formats.model_config import read_config
 from lora_merge.formats.safetensors import load
 from lora_merge.formats.weights import values_of
@@ -26,6 +26,9 @@ from lora_merge.planning.resolve import resolve_base
 from lora_merge.quantised import plain_config
 from lora_merge.runtime.packages import require
 from lora_merge.runtime.shortage import raise_if_out_of_memory
+from lora_merge.storage.local import why_no_file
+from lora_merge.storage.source import is_hub_text
+from lora_merge.storage.sources import is_local
 from lora_merge.verification.engines.hf import Deferred, Loader, scores
 from lora_merge.verification.engines.peft_reference import Ingredients
 from lora_merge.verification.engines.prompts import choose
@@ -42,6 +45,30 @@ if TYPE_CHECKING:
     from lora_merge.formats.written_checkpoint import Output
     from lora_merge.planning import Joined
     from lora_merge.requests.request import VerifyRequest
+
+
+def check_readable(label: str, plan: MergePlan, output: Output) -> None:
+    """Check that libraries can read the files: those of this machine, and regular ones. They would wait for a named
+    pipe for ever.
+
+    Args:
+        label: of the output.
+        plan: of the merge, which names the base.
+        output: the output.
+
+    Raises:
+        RequestError: the output or its base is in a store.
+        CheckpointError: the output holds something other than regular files.
+    """
+    for place in (label, plan.base):
+        if not is_local(place):
+            where = "read from the Hub" if is_hub_text(place) else "in an object store"
+            sentence = f"runs models from local directories only, and {place} is {where}"
+            raise RequestError("", 0, "forward", sentence, hint="download it, and pass its folder")
+    for name in output.broken:
+        path = Path(output.root, name)
+        if why := why_no_file(path):
+            raise CheckpointError(str(path), "", why, hint="remove it: forward passes read all files")
 
 
 @cut_off()

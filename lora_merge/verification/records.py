@@ -12,11 +12,14 @@ from lora_merge.core.weight import WEIGHT
 from lora_merge.formats.safetensors import is_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator  # noqa: TC004 - a field's type, never evaluated
+    from collections.abc import Callable, Iterator, Mapping  # noqa: TC004 - a field's type, never evaluated
 
     from lora_merge.core.plan import Step
     from lora_merge.core.tensor import Survival, TensorRef  # noqa: TC004 - the same
     from lora_merge.formats.written_checkpoint import Output  # noqa: TC004 - the same
+    from lora_merge.verification.looking import Seen  # noqa: TC004 - the same
+
+    Rows = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,9 @@ class Records:
     is_projecting: bool
     """False where all rows are recomputed anyway."""
 
+    seen: Mapping[str, Seen]
+    """What was seen of merged tensors before, by the name of the step."""
+
     def of(self, step: Step) -> Iterator[TensorRecord]:
         """Yield the record of each tensor of a step: a copy's digest, finiteness, suspect rows. Digests of merged tensors were
         compared with the manifest already.
@@ -43,6 +49,11 @@ class Records:
             (slot,) = step.slots
             yield TensorRecord(slot.name, slot.file, slot.nbytes, self.digest(step.op.source), finite=True)
             return
+        before = self.seen.get(step.name)
+        if before is not None:
+            suspects = before.suspects() if self.is_projecting else None
+            yield self._record(step.main, suspects, finite=before.finite)
+            return
         here = {
             role: replace(slot, file=self.output.file_of(slot.file)) for role, slot in step.writes.items()
         }
@@ -51,6 +62,9 @@ class Records:
             # bitsandbytes may keep its codes under a dtype of floats.
             is_codes = role == WEIGHT and not step.op.target.is_dense
             finite = is_codes or slot.dtype not in TORCH_NAMES or is_finite(here[role])
-            yield TensorRecord(
-                slot.name, slot.file, slot.nbytes, "", finite, self.kept(slot.name), suspects=suspects
-            )
+            yield self._record(slot, suspects, finite=finite)
+
+    def _record(self, slot: TensorRef, suspects: Rows | None, *, finite: bool) -> TensorRecord:
+        return TensorRecord(
+            slot.name, slot.file, slot.nbytes, "", finite, self.kept(slot.name), suspects=suspects
+        )

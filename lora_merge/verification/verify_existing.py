@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,12 +17,11 @@ from lora_merge.checks.reckoners import reckoners
 from lora_merge.checks.recorded import recorded
 from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import Copy, Merge, MergePlan
-from lora_merge.core.report import Finding, Observer, Proof, Silence, error, warning
-from lora_merge.core.tensor import Survival, TensorRef
+from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
+from lora_merge.core.tensor import Survival
 from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
 from lora_merge.executors.crew import Crew
 from lora_merge.formats.manifest import Manifest, parse_manifest
-from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.merging.headline import Work, announce, merge_headline, model_words
 from lora_merge.merging.unchanged_inputs import check_names
@@ -39,13 +37,11 @@ from lora_merge.runtime.shortage import MORE, translate_out_of_memory
 from lora_merge.runtime.torch_threads import one_torch_thread
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
-from lora_merge.storage.local import why_no_file
 from lora_merge.storage.shown import by_url, errors_by_url
 from lora_merge.storage.small_files import read_json
-from lora_merge.storage.source import is_hub_text
-from lora_merge.storage.sources import is_local
 from lora_merge.storage.user_paths import is_directory, user_path
 from lora_merge.verification.existing_output import Existing, find_output
+from lora_merge.verification.looking import Digests, Seen, look
 from lora_merge.verification.recorded_inputs import (
     check_asked,
     is_there,
@@ -116,6 +112,10 @@ class _Again:
 
     joined: Joined
     plan: MergePlan
+    placed: MergePlan
+    """With the places of the output as it is."""
+
+    misplaced: tuple[Issue, ...]
     policy: Policy
     inputs: Inputs
 
@@ -131,8 +131,8 @@ class _Verification:
     watch: Observer
     clock: Clock
     existing: Existing
-    digest: Callable[[TensorRef], str] = field(default_factory=lambda: cache(tensor_digest))
-    """Digest of a tensor, cached: each tensor is read once, however many checks need it."""
+    digest: Digests = field(default_factory=Digests)
+    """Shared by all checks."""
 
     @property
     def output(self) -> Output:
@@ -146,27 +146,21 @@ class _Verification:
         if self.request.level == "structure":
             return Proof(self.output.root, "", (), (self._loadable(),), (), self.clock.seconds, headline)
         loading = TorchLoading()
-        # Digests first: they need neither torch nor, for most of their time, the interpreter.
+        # What needs neither torch nor, for most of its time, the interpreter.
         with short_switch_interval():
-            manifest, as_recorded = self._manifest()
+            manifest, unreadable = self._manifest()
             loadable = self._loadable()
             again, planned = self._planned(manifest)
+            with self.clock("recorded"), Crew(usable_cores()) as crew:
+                self.watch.phase("comparing digests", 0)
+                seen = self._seen(again, crew, loading)
+                as_recorded = unreadable or self._recorded(manifest, crew)
         findings = [loadable, as_recorded, planned]
         comparisons: tuple[Comparison, ...] = ()
         if again is not None:
-            findings += self._held_to(again, manifest, loading)
+            findings += self._held_to(again, manifest, seen, loading)
         if self.request.forward or self.request.engine:
-            if again is None:
-                raise ResolveError(
-                    f"{self.request.out}: forward passes need base and adapter, but {planned.detail}",
-                    hint="pass --base and --adapter",
-                )
-            self._check_readable(again.plan)
-            from lora_merge.verification.forward_check import compare_forward
-
-            with self.clock("forward"):
-                self.watch.phase("running the models", 0)
-                forward, comparisons = compare_forward(self.request, again.joined, again.plan, self.output)
+            forward, comparisons = self._forward(again, planned)
             findings += forward
         if again is not None:
             # The inputs may have changed while the checks ran.
@@ -180,23 +174,25 @@ class _Verification:
             self.output.root, base, adapters, tuple(findings), comparisons, self.clock.seconds, headline
         )
 
-    def _check_readable(self, plan: MergePlan) -> None:
-        """Check that libraries can read the files: those of this machine, and regular ones. They would wait for a named
-        pipe for ever.
+    def _forward(
+        self, again: _Again | None, planned: Finding
+    ) -> tuple[list[Finding], tuple[Comparison, ...]]:
+        """Run the models, and return what came of it.
 
         Raises:
-            RequestError: the output or its base is in a store.
-            CheckpointError: the output holds something other than regular files.
+            ResolveError: there is nothing to compare with.
         """
-        for place in (self.existing.label, plan.base):
-            if not is_local(place):
-                where = "read from the Hub" if is_hub_text(place) else "in an object store"
-                sentence = f"runs models from local directories only, and {place} is {where}"
-                raise RequestError("", 0, "forward", sentence, hint="download it, and pass its folder")
-        for name in self.output.broken:
-            path = Path(self.output.root, name)
-            if why := why_no_file(path):
-                raise CheckpointError(str(path), "", why, hint="remove it: forward passes read all files")
+        if again is None:
+            raise ResolveError(
+                f"{self.request.out}: forward passes need base and adapter, but {planned.detail}",
+                hint="pass --base and --adapter",
+            )
+        from lora_merge.verification.forward_check import check_readable, compare_forward
+
+        check_readable(self.existing.label, again.plan, self.output)
+        with self.clock("forward"):
+            self.watch.phase("running the models", 0)
+            return compare_forward(self.request, again.joined, again.plan, self.output)
 
     def _loadable(self) -> Finding:
         """Return the gate's finding: can engines load it? Here it also checks every parameter of the model."""
@@ -209,8 +205,8 @@ class _Verification:
             issues,
         )
 
-    def _manifest(self) -> tuple[Manifest | None, Finding]:
-        """Return the manifest and the finding on it: whether the output is as recorded. Without a manifest, a warning."""
+    def _manifest(self) -> tuple[Manifest | None, Finding | None]:
+        """Return the manifest, or a finding that says why there is none."""
         path = Path(self.output.root, MANIFEST_FILE)
         if MANIFEST_FILE not in self.output.names:
             issue = warning("no-manifest", MANIFEST_FILE, "is missing, so it is unknown what the merge wrote")
@@ -222,13 +218,25 @@ class _Verification:
             issue = error("broken-manifest", MANIFEST_FILE, text)
             return None, Finding("recorded", "the manifest cannot be read", (issue,))
         check_rounding(self.request.rounding, manifest)
-        with self.clock("recorded"):
-            self.watch.phase("comparing digests", 0)
-            with Crew(usable_cores()) as crew:
-                issues = tuple(recorded(self.output, manifest, self.digest, crew))
+        return manifest, None
+
+    def _recorded(self, manifest: Manifest | None, crew: Crew) -> Finding:
+        """Return the finding on whether the output is as recorded."""
+        assert manifest is not None
+        issues = tuple(recorded(self.output, manifest, self.digest, crew))
         n_tensors, n_files = len(manifest.tensors), len(manifest.side_files)
         detail = f"{counted(n_tensors, 'tensor')} and {counted(n_files, 'other file')}, by their digests"
-        return manifest, Finding("recorded", detail, issues)
+        return Finding("recorded", detail, issues)
+
+    def _seen(self, again: _Again | None, crew: Crew, loading: TorchLoading) -> Mapping[str, Seen]:
+        """Return what one reading of base and output tells, of the tensors for which it is enough."""
+        if again is None or self.request.level == "full":
+            return {}
+        with watching(again.inputs, is_noting=False):
+            seen = look(again.placed.steps, self.output, crew, lambda: loading.is_ready)
+        for one in seen.values():
+            self.digest.take(one)
+        return seen
 
     def _planned(self, manifest: Manifest | None) -> tuple[_Again | None, Finding]:
         """Plan the merge again from the available base and adapter; return it with the finding.
@@ -274,7 +282,8 @@ class _Verification:
             "planned", f"{counted(n_merged, 'merged tensor')}, planned again from base and adapter", issues
         )
         places = (found.base, *found.adapters)
-        return _Again(found.joined, plan, policy, found.inputs, places), finding
+        here, misplaced = placed(plan, self.output)
+        return _Again(found.joined, plan, here, tuple(misplaced), policy, found.inputs, places), finding
 
     def _asked_again(self, manifest: Manifest | None) -> tuple[InputTexts, Reading, Policy]:
         """Return how the merge was made, by its manifest, with the inputs of this request in place of recorded ones.
@@ -324,7 +333,9 @@ class _Verification:
             Policy(**decided, allow_untie=True, allow_again=True),
         )
 
-    def _held_to(self, again: _Again, manifest: Manifest | None, loading: TorchLoading) -> list[Finding]:
+    def _held_to(
+        self, again: _Again, manifest: Manifest | None, seen: Mapping[str, Seen], loading: TorchLoading
+    ) -> list[Finding]:
         """Return the findings of the checks that a merge runs on its own output, with the base's bytes as evidence."""
         with self.clock("load"):
             self.watch.phase("loading torch", 0)
@@ -336,27 +347,26 @@ class _Verification:
             reckoners(usable_cores()) as crew,
             watching(again.inputs, is_noting=False),
         ):
-            plan = again.plan
+            plan, issues = again.placed, again.misplaced
             self.watch.phase("recomputing", 0)
-            plan, issues = placed(plan, self.output)
             level: Literal["sample", "full"] = "full" if self.request.level == "full" else "sample"
             kept = manifest.survival if manifest is not None else dict[str, Survival]().get
-            found_again = Records(self.output, self.digest, kept, is_projecting=level != "full")
+            found_again = Records(self.output, self.digest, kept, is_projecting=level != "full", seen=seen)
             records = tuple(crew.each(found_again.of, plan.steps))
             where = Elsewhere(self.output.elsewhere, self.existing.stored)
             evidence = Evidence(plan, Path(self.output.root), records, level, {}, self.digest, where, crew)
             n_copied = sum(isinstance(step.op, Copy) for step in plan.steps)
             n_formulas = sum(isinstance(step.op, Merge) and has_formula(step.op) for step in plan.steps)
             n_seen = evidence.n_projected
-            seen = f"part of {counted(n_seen, 'row')} by projection, " if n_seen else ""
-            how = "all rows in float64" if level == "full" else f"{seen}some rows in float64"
+            rows = f"part of {counted(n_seen, 'row')} by projection, " if n_seen else ""
+            how = "all rows in float64" if level == "full" else f"{rows}some rows in float64"
             n_layers = len(plan.steps) - n_copied - n_formulas
             details = {
                 "untouched": f"{counted(n_copied, 'tensor')}, byte for byte equal to base or adapter",
                 "finite": counted(len(plan.steps) - n_copied, "merged tensor"),
                 "recompute": f"{counted(n_formulas, 'merged tensor')}, {how}",
             } | ({"layers": f"{counted(n_layers, 'tensor')} of PEFT's own layers"} if n_layers else {})
-            found = [Finding("placed", f"{counted(len(plan.steps), 'tensor')} of the plan", tuple(issues))]
+            found = [Finding("placed", f"{counted(len(plan.steps), 'tensor')} of the plan", issues)]
             for name, detail in details.items():
                 # At the full level this check needs digests of merged tensors, which are not recorded here.
                 asked = replace(evidence, level="sample") if name == "untouched" else evidence

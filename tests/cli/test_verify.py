@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 import lora_merge
+from lora_merge.checks import choosing
 from lora_merge.cli import exits
+from lora_merge.merging.worker.devices import TorchLoading
+from lora_merge.native.library import library
+from lora_merge.verification import looking, records
 from tests.tampering import edit_json, edit_tensors, to_pickles
 
 if TYPE_CHECKING:
@@ -76,13 +80,66 @@ def test_a_good_output_passes_from_its_manifest_alone(level, merge, cli):
     }
 
 
-def test_findings_are_in_the_order_of_the_questions_though_digests_are_taken_first(merge, cli):
+@pytest.mark.skipif(library() is None, reason="the compiled loops are not built here")
+def test_one_reading_of_a_merged_tensor_is_enough(merge, cli, monkeypatch):
+    digested, asked = [], []
+    digest, finite = looking.tensor_digest, records.is_finite
+
+    def noted(ref):
+        digested.append(ref.name)
+        return digest(ref)
+
+    def noted_too(ref):
+        asked.append(ref.name)
+        return finite(ref)
+
+    monkeypatch.setattr(looking, "tensor_digest", noted)
+    monkeypatch.setattr(records, "is_finite", noted_too)
+    assert cli("verify", merge[2]).exit_code == 0
+    assert COPIED in digested
+    assert MERGED not in digested
+    assert asked == []
+    # Each value is recomputed: projections would be of no use, and the base is not read for them.
+    assert cli("verify", merge[2], "--level", "full").exit_code == 0
+    assert MERGED in digested
+    assert MERGED in asked
+
+
+@pytest.mark.skipif(library() is None, reason="the compiled loops are not built here")
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_value_that_is_not_finite_is_seen_in_that_reading(merge, cli, value):
+    edit_tensors(
+        shard_of(merge[2], MERGED), lambda tensors: tensors[MERGED].view(-1)[7:8].fill_(float(value))
+    )
+    result = cli("verify", merge[2], "--json")
+    assert result.exit_code == exits.VERIFY
+    assert MERGED in subjects(result, "recorded")
+    assert MERGED in subjects(result, "finite")
+
+
+@pytest.mark.skipif(library() is None, reason="the compiled loops are not built here")
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_a_wrong_row_is_found_whether_torch_was_loaded_by_then_or_not(merge, cli, monkeypatch, is_ready):
+    monkeypatch.setattr(choosing, "WHOLE_ELEMENTS", 0)
+    monkeypatch.setattr(TorchLoading, "is_ready", is_ready)
+    (merge[2] / "merge_manifest.json").unlink()
+    edit_tensors(shard_of(merge[2], MERGED), lambda tensors: tensors[MERGED][37].neg_())
+
+    result = cli("verify", merge[2], "--base", merge[0], "--adapter", merge[1], "--json")
+
+    found = next(one for one in json.loads(result.stdout)["findings"] if one["check"] == "recompute")
+    (issue,) = found["issues"]
+    assert issue["subject"] == MERGED
+    assert issue["sentence"].startswith("row 37,")
+
+
+def test_findings_are_in_the_order_of_the_questions(merge, cli):
     result = cli("verify", merge[2], "--json")
     assert list(states(result))[:4] == ["loadable", "recorded", "planned", "placed"]
     assert list(json.loads(result.stdout)["seconds"]) == [
-        "recorded",
         "loadable",
         "plan",
+        "recorded",
         "load",
         "recomputed",
     ]

@@ -85,6 +85,11 @@ class TorchLoading:
         """True once torch is imported, or could not be."""
         return not self._thread.is_alive()
 
+    @property
+    def is_ready(self) -> bool:
+        """True once torch is imported."""
+        return self.is_over and self._failure is None
+
     def wait(self) -> None:
         """Wait until torch is imported.
 
