@@ -93,7 +93,8 @@ The output is built in a directory beside it, `OUT.lora-merge-staging`, and gets
 very end. An unfinished output never has the final name. If a run is interrupted (Ctrl-C, SIGTERM, `kill -9`, a full or
 failing disk, a power cut), the tensors that are complete stay in that directory, listed in a journal.
 
-`--resume` continues from there. It checks every listed tensor and writes the rest. The output has the same bytes as
+`--resume` continues from there. It checks every listed tensor, also against the base and the adapter if they are on this
+machine, and writes the rest. With `--no-verify` it compares digests only. The output has the same bytes as
 that of an uninterrupted run. You can always pass `--resume`: if there is nothing to continue from, or if the interrupted
 run was another merge (other inputs, options or versions), the run starts from the beginning and says so. A run without
 `--resume` clears the directory and starts from the beginning. A run that fails with an error clears it too.

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_merge import executors
 from lora_merge._version import __version__
-from lora_merge.core.plan import Step
-from lora_merge.core.tensor import TensorRecord, TensorRef
+from lora_merge.checks.projecting import suspects_of
+from lora_merge.core.plan import Copy, Merge, Step
+from lora_merge.core.tensor import TORCH_NAMES, TensorRecord, TensorRef
+from lora_merge.core.weight import WEIGHT
 from lora_merge.core.work import Plain, largest_first
-from lora_merge.formats.safetensors import tensor_digest
+from lora_merge.formats.safetensors import is_finite, tensor_digest
 from lora_merge.merging.by_file import file_pieces
 from lora_merge.merging.unchanged_inputs import changed_times, sources_of
 from lora_merge.native.library import library
+from lora_merge.runtime.torch_threads import one_torch_thread
 from lora_merge.storage.digests import digest_text, new_digest
+from lora_merge.storage.sources import is_local
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -56,11 +61,16 @@ def finished(
     left: Left,
     n_workers: int,
     watch: Observer,
+    *,
+    is_checked: bool,
 ) -> list[TensorRecord] | None:
     """Return the records of the tensors that an interrupted run has finished; None where it was another merge.
 
     What the journal lists counts if it is still there, to the byte, and if it was made of the bytes that its input has
     now; those are read where the input's times cannot tell. What else is staged is removed.
+
+    A journal can be edited so that it fits wrong tensors. So copies are compared with their sources, and rows of merged tensors
+    projected again; what differs is written again. A source on another machine is not read for that.
 
     Args:
         plan: of this run.
@@ -69,6 +79,7 @@ def finished(
         left: what the other one left there.
         n_workers: threads to read with.
         watch: hears of the bytes.
+        is_checked: False where the output is not to be verified: then the digests in the journal are enough.
     """
     # Also when it was another merge: then nothing of it is kept.
     kept = place.keep(plan.files, [record.file for record in left.records or ()])
@@ -76,33 +87,32 @@ def finished(
         return None
     if place.files is not None:
         return _in_whole_files(plan, left.records, kept)
-    slots = {slot.name: slot for step in plan.steps for slot in step.slots}
     before, now = left.changed, changed_times(inputs)
     # An input whose time of change is what the interrupted run noted has not changed since. The others are
     # read again, for each tensor that was made from them.
     same = frozenset(path for path, time in now.items() if before.get(path) == time)
-    doubtful = {
-        slot.name: step
-        for step in plan.steps
-        if not same.issuperset(ref.file for ref in step.reads.values())
-        for slot in step.slots
-    }
+    slots = {slot.name: slot for step in plan.steps for slot in step.slots}
+    makers = {slot.name: step for step in plan.steps for slot in step.slots}
     # A journal may list a tensor twice, where a resumed run wrote it again: the last record counts.
     there = [
         _Written(
             record,
             replace(slots[record.name], file=str(place.root / record.file)),
-            doubtful.get(record.name),
+            makers[record.name],
+            is_doubtful=not same.issuperset(ref.file for ref in makers[record.name].reads.values()),
+            is_checked=is_checked,
         )
         for record in {record.name: record for record in left.records}.values()
         if record.file in kept and _is_of(record, slots.get(record.name))
     ]
     watch.phase("checking", sum(piece.nbytes for piece in there))
     found = []
-    for piece, is_whole in executors.pick(n_workers)(Plain(_look_at), largest_first(there), n_workers):
-        watch.advance(piece.nbytes)
-        if is_whole:
-            found.append(piece.record)
+    # Projections are arithmetic with torch.
+    with one_torch_thread() if is_checked and there else contextlib.nullcontext():
+        for piece, record in executors.pick(n_workers)(Plain(_look_at), largest_first(there), n_workers):
+            watch.advance(piece.nbytes)
+            if record is not None:
+                found.append(record)
     return _whole_steps(plan, found)
 
 
@@ -134,25 +144,51 @@ class _Written:
 
     record: TensorRecord
     ref: TensorRef
-    step: Step | None
-    """The step that made it, if a source of it may have changed since; else None."""
+    step: Step
+    """The step that made it."""
+
+    is_doubtful: bool
+    """True where a source of it may have changed since."""
+
+    is_checked: bool
+    """True where it is compared with its sources."""
 
     @property
     def nbytes(self) -> int:
         return self.ref.nbytes
 
-    def is_whole(self) -> bool:
-        """Read the tensor, and its sources if they are in doubt; return True when all have the digests in the record."""
+    def found(self) -> TensorRecord | None:
+        """Read the tensor and what it was made of; return its record, or None where it has to be written again."""
         # A crash of the machine may have lost what the journal lists, so every tensor is read.
         if tensor_digest(self.ref) != self.record.digest:
-            return False
-        if self.step is None:
-            return True
-        return all(tensor_digest(ref) == digest for ref, digest in sources_of(self.step, self.record))
+            return None
+        sources = sources_of(self.step, self.record) if self.is_doubtful else []
+        if not all(tensor_digest(ref) == digest for ref, digest in sources):
+            return None
+        # What is far away was compared while it passed; it is not fetched twice.
+        if not self.is_checked or not all(is_local(ref.file) for ref in self.step.reads.values()):
+            return self.record
+        op = self.step.op
+        if isinstance(op, Copy):
+            return self.record if self.is_doubtful or tensor_digest(op.source) == self.record.digest else None
+        return self._seen_again(op)
+
+    def _seen_again(self, op: Merge) -> TensorRecord | None:
+        """Return the record of a merged tensor with what its numbers say now; None if that is worse than what is recorded."""
+        record, is_plain = self.record, op.target.is_dense
+        # Codes may have a dtype of floats.
+        has_floats = self.ref.dtype in TORCH_NAMES and (is_plain or self.ref.name != self.step.main.name)
+        if record.finite and has_floats and not is_finite(self.ref):
+            return None
+        suspects = suspects_of(self.step, {WEIGHT: self.ref}) if is_plain else None
+        # Rows that were suspects already are recomputed when the output is verified.
+        if not {*(suspects or ())} <= {*(record.suspects or ())}:
+            return None
+        return replace(record, suspects=suspects)
 
 
-def _look_at(piece: _Written) -> tuple[_Written, bool]:
-    return piece, piece.is_whole()
+def _look_at(piece: _Written) -> tuple[_Written, TensorRecord | None]:
+    return piece, piece.found()
 
 
 def _is_of(record: TensorRecord, slot: TensorRef | None) -> bool:

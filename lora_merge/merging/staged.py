@@ -86,8 +86,8 @@ def take_up(prepared: Prepared, place: Destination, n_workers: int, watch: Obser
     if not prepared.wish.resume:
         return Staged(prepared, place, merge, clock)
     with clock("resume"), short_switch_interval():
-        left = place.left(merge)
-        found = finished(planned.plan, planned.inputs, place, left, n_workers, watch)
+        left, is_checked = place.left(merge), prepared.request.verify != "none"
+        found = finished(planned.plan, planned.inputs, place, left, n_workers, watch, is_checked=is_checked)
     if prepared.wish.shared:
         # Each part goes on from what the others have made: that is no news, and gets no note.
         _check_sealable(prepared, found or ())
