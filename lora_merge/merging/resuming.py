@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from lora_merge import executors
 from lora_merge._version import __version__
-from lora_merge.checks.projecting import suspects_of
+from lora_merge.checks.projecting import projected
 from lora_merge.core.plan import Copy, Merge, Step
 from lora_merge.core.tensor import TORCH_NAMES, TensorRecord, TensorRef
-from lora_merge.core.weight import WEIGHT
 from lora_merge.core.work import Plain, largest_first
-from lora_merge.formats.safetensors import is_finite, tensor_digest
+from lora_merge.formats.safetensors import are_finite, blocks, tensor_digest
 from lora_merge.merging.by_file import file_pieces
 from lora_merge.merging.unchanged_inputs import changed_times, sources_of
 from lora_merge.native.library import library
@@ -159,32 +158,44 @@ class _Written:
 
     def found(self) -> TensorRecord | None:
         """Read the tensor and what it was made of; return its record, or None where it has to be written again."""
-        # A crash of the machine may have lost what the journal lists, so every tensor is read.
-        if tensor_digest(self.ref) != self.record.digest:
-            return None
-        sources = sources_of(self.step, self.record) if self.is_doubtful else []
+        op = self.step.op
+        # What is far away was compared while it passed; it is not fetched twice.
+        is_compared = self.is_checked and all(is_local(ref.file) for ref in self.step.reads.values())
+        is_asked = self.is_doubtful or (is_compared and isinstance(op, Copy))
+        sources = sources_of(self.step, self.record) if is_asked else []
         if not all(tensor_digest(ref) == digest for ref, digest in sources):
             return None
-        # What is far away was compared while it passed; it is not fetched twice.
-        if not self.is_checked or not all(is_local(ref.file) for ref in self.step.reads.values()):
-            return self.record
-        op = self.step.op
-        if isinstance(op, Copy):
-            return self.record if self.is_doubtful or tensor_digest(op.source) == self.record.digest else None
-        return self._seen_again(op)
+        if is_compared and isinstance(op, Merge):
+            return self._merged(op)
+        # A crash of the machine may have lost what the journal lists, so every tensor is read.
+        return self.record if tensor_digest(self.ref) == self.record.digest else None
 
-    def _seen_again(self, op: Merge) -> TensorRecord | None:
-        """Return the record of a merged tensor with what its numbers say now; None if that is worse than what is recorded."""
-        record, is_plain = self.record, op.target.is_dense
+    def _merged(self, op: Merge) -> TensorRecord | None:
+        """Return the record of a merged tensor with what one reading tells of it now; None if that is worse than what is
+        recorded.
+        """
+        record, dtype, is_plain = self.record, self.ref.dtype, op.target.is_dense
         # Codes may have a dtype of floats.
-        has_floats = self.ref.dtype in TORCH_NAMES and (is_plain or self.ref.name != self.step.main.name)
-        if record.finite and has_floats and not is_finite(self.ref):
-            return None
-        suspects = suspects_of(self.step, {WEIGHT: self.ref}) if is_plain else None
+        has_floats = dtype in TORCH_NAMES and (is_plain or self.ref.name != self.step.main.name)
+        digest, finite, suspects = new_digest(), True, None
+
+        def see(content: memoryview) -> None:
+            nonlocal finite
+            digest.update(content)
+            finite = finite and (not has_floats or are_finite(content, dtype))
+
+        if is_plain and op.source.plain is not None:
+            suspects = projected(self.step, self.ref, see).suspects()
+        else:
+            for content in blocks(self.ref):
+                see(content)
         # Rows that were suspects already are recomputed when the output is verified.
-        if not {*(suspects or ())} <= {*(record.suspects or ())}:
-            return None
-        return replace(record, suspects=suspects)
+        is_as_recorded = (
+            digest_text(digest) == record.digest
+            and finite >= record.finite
+            and {*(suspects or ())} <= {*(record.suspects or ())}
+        )
+        return replace(record, suspects=suspects) if is_as_recorded else None
 
 
 def _look_at(piece: _Written) -> tuple[_Written, TensorRecord | None]:
