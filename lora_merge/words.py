@@ -127,6 +127,18 @@ def counted(n: int, thing: str) -> str:
     return f"{n} {thing if n == 1 else plural}"
 
 
+def rows_checked(n_projected: int, n_recomputed: int) -> str:
+    """Return how many rows were checked, and how.
+
+    Example:
+        >>> rows_checked(9600, 2096), rows_checked(0, 7204)
+        ('9600 rows by projection, 2096 recomputed', '7204 rows recomputed')
+    """
+    if not n_projected:
+        return f"{counted(n_recomputed, 'row')} recomputed"
+    return f"{counted(n_projected, 'row')} by projection, {n_recomputed} recomputed"
+
+
 def size_text(nbytes: float) -> str:
     """Return a size in decimal units, as disks and shards use them.
 

@@ -9,7 +9,7 @@ from lora_merge.cli.layout import BOLD, YELLOW, Cell, Column, Mark, facts, grid,
 from lora_merge.cli.voice import say_layout, show, show_layout, width_of
 from lora_merge.peft_rules.method_names import method_name
 from lora_merge.storage.destination import UNKNOWN_BYTES
-from lora_merge.words import between, counted, duration_text, listing, size_text
+from lora_merge.words import between, counted, duration_text, listing, rows_checked, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,8 +74,7 @@ def merge_lines(report: Report, out: str) -> list[str]:
     merged += f", {_unchanged_word(summary)} {summary.n_cast}" if summary.n_cast else ""
     verdict = report.verdict
     checked = (
-        f"verified {counted(verdict.n_tensors, 'tensor')}: {verdict.n_projected} rows by projection, "
-        f"{verdict.n_rows} recomputed"
+        f"verified {counted(verdict.n_tensors, 'tensor')}: {rows_checked(verdict.n_projected, verdict.n_rows)}"
         if verdict.level != "none"
         else "not verified"
     )

@@ -11,7 +11,7 @@ from lora_merge.reporting.data import result_data
 from lora_merge.reporting.maps import kept_chart, kinds_table, noise_chart, points_of_survival, size_chart
 from lora_merge.reporting.origin import near, origin_of
 from lora_merge.reporting.page import Command, Fact, Facts, Page, State, Table, section, sections
-from lora_merge.words import counted, size_text
+from lora_merge.words import counted, rows_checked, size_text
 
 if TYPE_CHECKING:
     from lora_merge.core.report import Foreseen, Report, Summary
@@ -96,7 +96,7 @@ def inputs_of(report: Report) -> list[Fact]:
         ("copied", summary.n_copied, summary.copied_bytes),
     ]
     checked = report.verdict
-    verified = f"{counted(checked.n_tensors, 'tensor')}; {counted(checked.n_projected, 'row')} by projection, {checked.n_rows} recomputed"
+    verified = f"{counted(checked.n_tensors, 'tensor')}; {rows_checked(checked.n_projected, checked.n_rows)}"
     return [
         Fact("base", near(report.base), is_code=True),
         *(Fact("adapter", one, is_code=True) for one in report.adapters),

@@ -51,6 +51,14 @@ def test_a_merge_says_what_it_did_and_leaves_only_the_output(pico, pico_adapter,
     assert leftovers(tmp_path) == ["out"]
 
 
+def test_a_merge_that_recomputes_every_row_does_not_speak_of_projections(pico, pico_adapter, cli, tmp_path):
+    result = cli(
+        "--base", pico(), "--adapter", pico_adapter(pico()), "--out", tmp_path / "out", "--verify", "full"
+    )
+
+    assert "verified 21 tensors: 256 rows recomputed" in result.stderr
+
+
 def test_merge_spelled_out_is_the_same_command(pico, pico_adapter, cli, tmp_path):
     arguments = ("--base", pico(), "--adapter", pico_adapter(pico()), "--out")
 
