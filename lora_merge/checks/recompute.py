@@ -18,7 +18,9 @@ from lora_merge.checks.choosing import chosen_rows, has_formula
 from lora_merge.checks.decoding import DECODERS
 from lora_merge.checks.effect import Effect
 from lora_merge.checks.formulas import Site, changed, combined
+from lora_merge.checks.overall_scales import OverallScales
 from lora_merge.checks.reading import Reader
+from lora_merge.checks.scales import Scales
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
 from lora_merge.core.weight import Weight
@@ -59,14 +61,19 @@ def recompute(evidence: Evidence) -> Iterator[Issue]:
         ahead = (
             tasks if evidence.level == "full" else read_ahead(tasks, lambda task: _ranges(evidence, *task))
         )
+        overall = OverallScales()
 
         def compared(task: tuple[Step, list[list[int]]]) -> Iterator[Issue | None]:
             step, chunked = task
-            return _Compared(reader, evidence, step).problems(chunked, survival.get(step.main.name))
+            return _Compared(reader, evidence, step, overall).problems(chunked, survival.get(step.main.name))
 
         # Closed before the files are.
         with contextlib.closing(evidence.crew.each(compared, ahead)) as found:
             yield from filter(None, found)
+        for step, _ in tasks:
+            assert isinstance(step.op, Merge)
+            if (wrong := overall.issue(step.op, _written(evidence, step), reader)) is not None:
+                yield wrong
 
 
 def _ranges(evidence: Evidence, step: Step, chunks: Sequence[list[int]]) -> Iterator[tuple[str, int, int]]:
@@ -143,17 +150,19 @@ class _Compared:
         reader: of all files.
         evidence: the output.
         step: what made the weight.
+        overall: gets to know how large the weight is.
     """
 
-    def __init__(self, reader: Reader, evidence: Evidence, step: Step) -> None:
+    def __init__(self, reader: Reader, evidence: Evidence, step: Step, overall: OverallScales) -> None:
         assert isinstance(step.op, Merge)
-        self._reader, self._step, self._op = reader, step, step.op
+        self._reader, self._step, self._op, self._overall = reader, step, step.op, overall
         self._written = _written(evidence, step)
+        self._scales = Scales.of(self._op, self._written, reader)
 
     def problems(self, chunks: Sequence[list[int]], record: Survival | None) -> Iterator[Issue | None]:
         """Yield an issue when some rows are further from the formula than rounding explains, or when rounding did another
-        thing to the adapter's effect than is recorded, or when a part says that the weight has another shape; None after each
-        chunk of rows.
+        thing to the adapter's effect than is recorded, or when a part says that the weight has another shape, or when a new
+        scale is not that of its values; None after each chunk of rows.
         """
         yield self._other_shape()
         effect = None
@@ -166,6 +175,9 @@ class _Compared:
                 wrong.append(found)
             # Here an interrupt may stop it.
             yield None
+        if self._scales is not None:
+            yield from self._scales.issues()
+            self._overall.add(self._op, self._scales)
         if wrong:
             yield _told(self._step.name, wrong, sum(map(len, chunks)))
         elif effect is not None and effect.is_asked:
@@ -193,6 +205,8 @@ class _Compared:
         candidates = (
             combined(site, start) if op.combination is not None else [changed(site, op.deltas, start)]
         )
+        if self._scales is not None:
+            self._scales.add(rows, stored, candidates)
         wanted = [Wanted(op, stored, exact, off) for exact, off in candidates]
         is_moved = torch.ones(1, 1, dtype=torch.bool) if effect is None else effect.moved(rows)
         # A combination may have chosen any of the candidates: a value is wrong when it fits none.

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_PRECISION = {"BF16": 8, "F16": 11, "F32": 24}
+_PRECISION = {"F8_E4M3": 4, "BF16": 8, "F16": 11, "F32": 24}
 """Bits of the significand."""
 
-_SMALLEST = {"BF16": -133, "F16": -24, "F32": -149}
+_SMALLEST = {"F8_E4M3": -9, "BF16": -133, "F16": -24, "F32": -149}
 """Exponent of the smallest subnormal."""
 
 LARGEST = {"BF16": (2 - 2.0**-7) * 2.0**127, "F16": 65504.0, "F32": (2 - 2.0**-23) * 2.0**127}
