@@ -16,7 +16,6 @@ from lora_merge.core.weight import WEIGHT, PartRange
 from lora_merge.deltas.low_rank import LowRankFacts, summing
 from lora_merge.formats.safetensors import load_numbers
 from lora_merge.merging.worker.adding import can_add, is_as_torch, may_add
-from lora_merge.merging.worker.filling import Filling
 from lora_merge.merging.worker.workbench import Parts
 from lora_merge.native.library import Product, library
 
