@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lora_merge.checks.expecting import manner_of
 from lora_merge.checks.projection import Projection
 from lora_merge.checks.weighing import Pattern
 from lora_merge.core.plan import Merge
+from lora_merge.core.tensor import TORCH_NAMES
 from lora_merge.core.weight import WEIGHT
+from lora_merge.formats.safetensors import are_finite, blocks
 from lora_merge.native.library import library
+from lora_merge.storage.digests import digest_text, new_digest
 from lora_merge.storage.reading import read_into
 from lora_merge.storage.sources import open_source
 
@@ -20,6 +23,57 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import Step
     from lora_merge.core.tensor import TensorRef
     from lora_merge.storage.sources import Source
+
+
+class OneReading(NamedTuple):
+    """What one reading tells of a tensor that a merge made."""
+
+    digest: str
+    finite: bool
+    projection: Projection | None
+    """None where a codec stores the weight, before or after the merge."""
+
+
+def has_floats(op: Merge, role: str, dtype: str) -> bool:
+    """Return whether a part of a merged weight holds numbers that may be NaN or infinite.
+
+    Args:
+        op: what made it.
+        role: of the part.
+        dtype: of the part, as it is stored.
+    """
+    # bitsandbytes may keep its codes under a dtype of floats.
+    is_codes = role == WEIGHT and not op.target.is_dense
+    return not is_codes and dtype in TORCH_NAMES
+
+
+def read_once(step: Step, role: str, here: TensorRef) -> OneReading:
+    """Read a part of a merged weight once, and its base with it where rows are projected.
+
+    Args:
+        step: what made it.
+        role: of the part.
+        here: where it is stored now.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    op = step.op
+    assert isinstance(op, Merge)
+    digest, finite, may_be_wrong = new_digest(), True, has_floats(op, role, here.dtype)
+
+    def see(content: memoryview) -> None:
+        nonlocal finite
+        digest.update(content)
+        finite = finite and (not may_be_wrong or are_finite(content, here.dtype))
+
+    projection = None
+    if op.target.is_dense and op.source.plain is not None:
+        projection = projected(step, here, see)
+    else:
+        for content in blocks(here):
+            see(content)
+    return OneReading(digest_text(digest), finite, projection)
 
 
 def suspects_of(step: Step, here: Mapping[str, TensorRef]) -> tuple[tuple[int, int], ...] | None:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from lora_merge import executors
 from lora_merge._version import __version__
-from lora_merge.checks.projecting import projected
+from lora_merge.checks.projecting import read_once
 from lora_merge.core.plan import Copy, Merge, Step
-from lora_merge.core.tensor import TORCH_NAMES, TensorRecord, TensorRef
+from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.core.work import Plain, largest_first
-from lora_merge.formats.safetensors import are_finite, blocks, tensor_digest
+from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.merging.by_file import file_pieces
 from lora_merge.merging.unchanged_inputs import changed_times, sources_of
 from lora_merge.native.library import library
@@ -166,32 +166,21 @@ class _Written:
         if not all(tensor_digest(ref) == digest for ref, digest in sources):
             return None
         if is_compared and isinstance(op, Merge):
-            return self._merged(op)
+            return self._merged()
         # A crash of the machine may have lost what the journal lists, so every tensor is read.
         return self.record if tensor_digest(self.ref) == self.record.digest else None
 
-    def _merged(self, op: Merge) -> TensorRecord | None:
+    def _merged(self) -> TensorRecord | None:
         """Return the record of a merged tensor with what one reading tells of it now; None if that is worse than what is
         recorded.
         """
-        record, dtype, is_plain = self.record, self.ref.dtype, op.target.is_dense
-        # Codes may have a dtype of floats.
-        has_floats = dtype in TORCH_NAMES and (is_plain or self.ref.name != self.step.main.name)
-        digest, finite, suspects = new_digest(), True, None
-
-        def see(content: memoryview) -> None:
-            nonlocal finite
-            digest.update(content)
-            finite = finite and (not has_floats or are_finite(content, dtype))
-
-        if is_plain and op.source.plain is not None:
-            suspects = projected(self.step, self.ref, see).suspects()
-        else:
-            for content in blocks(self.ref):
-                see(content)
+        record = self.record
+        role = next(role for role, slot in self.step.writes.items() if slot.name == record.name)
+        digest, finite, projection = read_once(self.step, role, self.ref)
+        suspects = projection.suspects() if projection is not None else None
         # Rows that were suspects already are recomputed when the output is verified.
         is_as_recorded = (
-            digest_text(digest) == record.digest
+            digest == record.digest
             and finite >= record.finite
             and {*(suspects or ())} <= {*(record.suspects or ())}
         )

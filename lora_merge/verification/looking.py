@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from lora_merge.checks.projecting import needs_no_torch, projected
+from lora_merge.checks.projecting import needs_no_torch, read_once
 from lora_merge.checks.projection import Projection
 from lora_merge.core.weight import WEIGHT
-from lora_merge.formats.safetensors import are_finite, tensor_digest
+from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.runtime.torch_threads import one_torch_thread
-from lora_merge.storage.digests import digest_text, new_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,16 +82,10 @@ def _looking(output: Output, has_torch: Callable[[], bool]) -> Callable[[Step], 
     def seen(step: Step) -> Iterator[tuple[str, Seen]]:
         slot = step.writes[WEIGHT]
         ref = replace(slot, file=output.file_of(slot.file))
-        digest, finite = new_digest(), True
-
-        def see(content: memoryview) -> None:
-            nonlocal finite
-            digest.update(content)
-            finite = finite and are_finite(content, ref.dtype)
-
-        projection = projected(step, ref, see)
+        digest, finite, projection = read_once(step, WEIGHT, ref)
+        assert projection is not None
         found = _suspects(projection) if has_torch() else projection
-        yield step.name, Seen(ref, digest_text(digest), finite, found)
+        yield step.name, Seen(ref, digest, finite, found)
 
     return seen
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_merge.checks.projecting import suspects_of
+from lora_merge.checks.projecting import has_floats, suspects_of
 from lora_merge.core.plan import Copy
-from lora_merge.core.tensor import TORCH_NAMES, TensorRecord
-from lora_merge.core.weight import WEIGHT
+from lora_merge.core.tensor import TensorRecord
 from lora_merge.formats.safetensors import is_finite
 
 if TYPE_CHECKING:
@@ -59,9 +58,7 @@ class Records:
         }
         suspects = suspects_of(step, here) if self.is_projecting else None
         for role, slot in step.writes.items():
-            # bitsandbytes may keep its codes under a dtype of floats.
-            is_codes = role == WEIGHT and not step.op.target.is_dense
-            finite = is_codes or slot.dtype not in TORCH_NAMES or is_finite(here[role])
+            finite = not has_floats(step.op, role, slot.dtype) or is_finite(here[role])
             yield self._record(slot, suspects, finite=finite)
 
     def _record(self, slot: TensorRef, suspects: Rows | None, *, finite: bool) -> TensorRecord:
