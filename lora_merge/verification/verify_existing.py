@@ -148,13 +148,14 @@ class _Verification:
         loading = TorchLoading()
         # What needs neither torch nor, for most of its time, the interpreter.
         with short_switch_interval():
-            manifest, unreadable = self._manifest()
+            read = self._manifest()
+            manifest = read if isinstance(read, Manifest) else None
             loadable = self._loadable()
             again, planned = self._planned(manifest)
             with self.clock("recorded"), Crew(usable_cores()) as crew:
                 self.watch.phase("comparing digests", 0)
                 seen = self._seen(again, crew, loading)
-                as_recorded = unreadable or self._recorded(manifest, crew)
+                as_recorded = self._recorded(read, crew) if isinstance(read, Manifest) else read
         findings = [loadable, as_recorded, planned]
         comparisons: tuple[Comparison, ...] = ()
         if again is not None:
@@ -205,24 +206,23 @@ class _Verification:
             issues,
         )
 
-    def _manifest(self) -> tuple[Manifest | None, Finding | None]:
+    def _manifest(self) -> Manifest | Finding:
         """Return the manifest, or a finding that says why there is none."""
         path = Path(self.output.root, MANIFEST_FILE)
         if MANIFEST_FILE not in self.output.names:
             issue = warning("no-manifest", MANIFEST_FILE, "is missing, so it is unknown what the merge wrote")
-            return None, Finding("recorded", f"there is no {MANIFEST_FILE}", (issue,), asked=False)
+            return Finding("recorded", f"there is no {MANIFEST_FILE}", (issue,), asked=False)
         try:
             manifest = parse_manifest(read_json(path))
         except (CheckpointError, ValueError) as exc:
             text = str(exc) if isinstance(exc, CheckpointError) else f"is not a known manifest ({exc})"
             issue = error("broken-manifest", MANIFEST_FILE, text)
-            return None, Finding("recorded", "the manifest cannot be read", (issue,))
+            return Finding("recorded", "the manifest cannot be read", (issue,))
         check_rounding(self.request.rounding, manifest)
-        return manifest, None
+        return manifest
 
-    def _recorded(self, manifest: Manifest | None, crew: Crew) -> Finding:
+    def _recorded(self, manifest: Manifest, crew: Crew) -> Finding:
         """Return the finding on whether the output is as recorded."""
-        assert manifest is not None
         issues = tuple(recorded(self.output, manifest, self.digest, crew))
         n_tensors, n_files = len(manifest.tensors), len(manifest.side_files)
         detail = f"{counted(n_tensors, 'tensor')} and {counted(n_files, 'other file')}, by their digests"
