@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+from lora_merge.storage.replaceable import SUFFIX
+from lora_merge.storage.store_staging import FILES
 from tests.ray import files
 from tests.storages.conftest import case  # noqa: F401 - a fixture
 from tests.stores.conftest import environment_of, moto, moto_endpoint  # noqa: F401 - fixtures
@@ -114,9 +116,10 @@ class Run:
         return self.process.returncode, out, err
 
     def wait_for(self, out: Path, n: int) -> None:
-        """Wait until a number of files is there."""
+        """Wait until a number of files is finished: each has its evidence, which is put after the file itself."""
+        evidence = out.parent / f"{out.name}{SUFFIX}" / FILES
         until = time.monotonic() + 120
-        while len(list(out.glob("*.safetensors"))) < n:
+        while len(list(evidence.glob("*.json"))) < n:
             assert self.process.poll() is None, self.ended()
             assert time.monotonic() < until
             time.sleep(0.005)
