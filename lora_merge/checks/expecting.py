@@ -1,6 +1,6 @@
 """What the projection of a merged tensor must be: each row's change times random weights, from the factors alone.
 
-The factors are read by the code that recomputes values (`lora_merge.checks.formulas`), in float64.
+The factors are read by the code that recomputes values (`lora_merge.checks.formulas`). Plain products need no torch.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, cast
 
+from lora_merge.checks.floats import floats_of
 from lora_merge.checks.formulas import Site, sides
 from lora_merge.checks.reading import Factors, Tensors
 from lora_merge.checks.weighing import Pattern
+from lora_merge.core.adapter import PLAIN
 from lora_merge.core.plan import Merge
+from lora_merge.core.tensor import TORCH_NAMES
 from lora_merge.core.view import Block
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
     import torch  # noqa: TC004 - a field's type, never evaluated
 
+    from lora_merge.checks.floats import Numbers  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.core.adapter import PlacedDelta
     from lora_merge.deltas import RowsFacts
 
@@ -39,6 +43,23 @@ def manner_of(op: Merge) -> Manner:
     if expected <= linear and all(_is_wide(op, delta) for delta in op.deltas if delta.facts.replaces_rows):
         return "sums"
     return "directions" if expected == {_add_and_lengthen} and _are_apart(op) else ""
+
+
+def is_plain_product(delta: PlacedDelta) -> bool:
+    """Return whether a delta is ``scale · B A`` of two matrices as they are stored, on a whole matrix, without a rounding on the way."""
+    factors = delta.factors
+    return (
+        delta.facts.is_plain
+        and factors.keys() == {"A", "B"}
+        and delta.region == PLAIN
+        and not (delta.part or delta.delta.transposed or delta.rounded)
+        and all(ref.dtype in TORCH_NAMES and len(ref.shape) == 2 for ref in factors.values())
+    )
+
+
+def is_plain_sum(op: Merge) -> bool:
+    """Return whether `expect` needs no torch for a merge: nothing but such products is added."""
+    return op.combination is None and all(map(is_plain_product, op.deltas))
 
 
 def _block(op: Merge, delta: PlacedDelta) -> Block:
@@ -64,7 +85,7 @@ def _stored_rows(op: Merge, delta: PlacedDelta, rows: Sequence[int]) -> list[int
     return [first + int(row) for row in rows if int(row) < last - first]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Expected:
     """What becomes of a row w, in the products: ``w - taken · w + change``. For DoRA that is the direction; the
     length is given.
@@ -74,10 +95,27 @@ class Expected:
         row; lengths: ``[rows]``, NaN where there are none.
     """
 
+    taken: Numbers | None
+    change: Numbers
+    spread: Numbers
+    lengths: Numbers
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """The same, while the deltas are added one by one: views of the arrays as torch's tensors."""
+
     taken: torch.Tensor | None
     change: torch.Tensor
     spread: torch.Tensor
     lengths: torch.Tensor
+
+    @classmethod
+    def of(cls, expected: Expected) -> _Sums:
+        import torch
+
+        taken = None if expected.taken is None else torch.from_numpy(expected.taken)
+        return cls(taken, *map(torch.from_numpy, (expected.change, expected.spread, expected.lengths)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +127,23 @@ class Weights:
     """
 
     pattern: Pattern
-    x: torch.Tensor
+    x: Numbers
 
     def products(self, matrix: torch.Tensor, column: int) -> torch.Tensor:
         """Return the products of rows that have only some columns, from ``column`` on: ``[rows, groups]``."""
+        import torch
+
         # The columns that it lacks are zero, so they add nothing.
         if matrix.shape[1] != self.pattern.columns:
             whole = matrix.new_zeros(len(matrix), self.pattern.columns)
             whole[:, column : column + matrix.shape[1]] = matrix
             matrix = whole
-        return self.pattern.select(matrix.contiguous()) @ self.x
+        return self.pattern.select(matrix.contiguous()) @ torch.from_numpy(self.x)
+
+    def plain_products(self, matrix: Numbers) -> Numbers:
+        """Return the products of rows that have all columns: ``[rows, groups]``."""
+        found: Numbers = matrix[:, self.pattern.numbers()] @ self.x
+        return found
 
 
 def expect(op: Merge, weights: Weights) -> Expected:
@@ -107,26 +152,39 @@ def expect(op: Merge, weights: Weights) -> Expected:
     Raises:
         CheckpointError: a factor cannot be read.
     """
-    import torch
+    import numpy as np
 
-    n_rows = op.view.n_rows
+    n_rows, is_taken = op.view.n_rows, any(delta.facts.replaces_rows for delta in op.deltas)
     found = Expected(
-        taken=torch.zeros(n_rows) if any(delta.facts.replaces_rows for delta in op.deltas) else None,
-        change=torch.zeros(n_rows, weights.pattern.groups),
-        spread=torch.zeros(n_rows),
-        lengths=torch.full((n_rows,), torch.nan),
+        taken=np.zeros(n_rows, np.float32) if is_taken else None,
+        change=np.zeros((n_rows, weights.pattern.groups), np.float32),
+        spread=np.zeros(n_rows, np.float32),
+        lengths=np.full(n_rows, np.nan, np.float32),
     )
-    task = _Task(found, op, Factors(), weights)
+    if is_plain_sum(op):
+        for delta in op.deltas:
+            _add_plain_product(found, delta, weights)
+        return found
+    task = _Task(_Sums.of(found), op, Factors(), weights)
     for delta in op.deltas:
         EXPECTED[delta.algebra](task, delta)
     return found
+
+
+def _add_plain_product(found: Expected, delta: PlacedDelta, weights: Weights) -> None:
+    """Add a product to the expected change: B(Ax), never BA."""
+    import numpy as np
+
+    right, left = floats_of(delta.factors["A"]), floats_of(delta.factors["B"])
+    weighed = weights.plain_products(right) * np.float32(delta.effective_scale * delta.adapter_weight)
+    found.change[:] += left @ weighed
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
     """The expectation of one tensor, while its deltas are added one by one."""
 
-    found: Expected
+    found: _Sums
     op: Merge
     factors: Factors
     weights: Weights
@@ -170,7 +228,7 @@ def _add_products(task: _Task, delta: PlacedDelta) -> None:
             _widen(task.found, task.op, product)
 
 
-def _add(found: Expected, product: Product, weights: Weights) -> None:
+def _add(found: _Sums, product: Product, weights: Weights) -> None:
     """Add a product to the expected change: B(Ax), never BA."""
     first, last = product.rows
     weighed = product.scale * weights.products(product.right, product.column)
@@ -202,7 +260,7 @@ def _replace(task: _Task, delta: PlacedDelta) -> None:
     found.taken[rows] = 1 - (1 - found.taken[rows]) * (1 - share)
 
 
-def _widen(found: Expected, op: Merge, product: Product) -> None:
+def _widen(found: _Sums, op: Merge, product: Product) -> None:
     """Let rows be off by an adapter's whole change, scaled up as the combination scales it."""
     assert op.combination is not None
     share = 1.0 if op.combination.method in {"ties", "svd"} else 1 / op.combination.density

@@ -47,11 +47,13 @@ class OverallScales:
             weight: as it is in the output.
             reader: of all files.
         """
+        if GLOBAL not in weight.parts:
+            return None
         import torch
 
         sizes = [self._largest.get(_key(one)) for one in (op, *op.surveyed)]
         known = [size for size in sizes if size is not None]
-        if GLOBAL not in weight.parts or len(known) < len(sizes):
+        if len(known) < len(sizes):
             return None
         rule, part = rule_of_overall(), weight.parts[GLOBAL]
         size, found = torch.stack(known).amax(0)[:, None], reader.whole(part)

@@ -95,7 +95,9 @@ def suspects_of(step: Step, here: Mapping[str, TensorRef]) -> tuple[tuple[int, i
 
 
 def needs_no_torch(step: Step) -> bool:
-    """Return whether compiled code can take the projections of a tensor. For `Projection.suspects` torch is needed."""
+    """Return whether compiled code can take the projections of a tensor. `Projection.suspects` may still need torch
+    (`lora_merge.checks.expecting.is_plain_sum`).
+    """
     op = step.op
     if not isinstance(op, Merge) or library() is None or op.source.plain is None or not op.target.is_dense:
         return False

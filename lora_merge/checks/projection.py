@@ -13,7 +13,7 @@ not what is wrong.
 from __future__ import annotations
 
 from math import isfinite, nan, sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.checks.expecting import Expected, Weights, expect, manner_of
 from lora_merge.checks.weighing import (
@@ -28,11 +28,13 @@ from lora_merge.core.tensor import UNIT_ROUNDOFF
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
+    import numpy as np
 
     from lora_merge.checks.weighing import Numbers
     from lora_merge.core.plan import Merge
     from lora_merge.core.tensor import TensorRef
+
+    Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 _RARE = 18.0
 """The t above: without a fault, one row in exp(18), or 6·10⁷, is suspect."""
@@ -98,118 +100,117 @@ class Projection:
         rows = slice(*self._tiles[n])
         views.project(self._x, self._products[1, rows], self._norms[rows])
 
-    @property
-    def _before(self) -> torch.Tensor:
-        return _tensor(self._products[0])
-
-    @property
-    def _after(self) -> torch.Tensor:
-        return _tensor(self._products[1])
-
-    @property
-    def _lengths(self) -> torch.Tensor:
-        return _tensor(self._norms)
-
     def suspects(self) -> tuple[tuple[int, int], ...] | None:
         """Return the suspect rows as ranges, once all tiles have passed; None where nothing can be said.
 
         Raises:
             CheckpointError: a factor cannot be read.
         """
+        import numpy as np
+
         if not self.manner or not self._tiles:
             return None
-        size = float(_norms(self._after).median())
-        # Products that are nearly all zero say nothing in float32.
-        if size < _SMALLEST:
-            return None
-        return _ranges(self._rows_off(expect(self._op, Weights(self.pattern, _tensor(self._x))), size))
+        # What is not finite is suspect, and no news to be warned of.
+        with np.errstate(all="ignore"):
+            size = _median(_norms(self._products[1]))
+            # Products that are nearly all zero say nothing in float32.
+            if size < _SMALLEST:
+                return None
+            return _ranges(self._rows_off(expect(self._op, Weights(self.pattern, self._x)), size))
 
-    def _rows_off(self, expected: Expected, size: float) -> torch.Tensor:
+    def _rows_off(self, expected: Expected, size: float) -> Mask:
         """Return a mask of the suspect rows.
 
         Args:
             expected: what must become of the products.
             size: the median norm of a row's products as it is written.
         """
-        changes = _norms(expected.change)
+        import numpy as np
+
+        (before, after), changes = self._products, _norms(expected.change)
         limit = self._limit(expected, changes, size)
         if self.manner == "sums":
-            moved = self._after - self._before
+            moved = after - before
             same = _norms(moved) == 0
             if expected.taken is not None:
-                moved += expected.taken[:, None] * self._before
+                moved += expected.taken[:, None] * before
             # Negated, so that NaN is suspect.
-            off = ~(_norms(moved - expected.change) <= limit) | limit.isinf()
+            off: Mask = ~(_norms(moved - expected.change) <= limit) | np.isinf(limit)
             # Rows that stayed as they were: few of them may have been missed by the merge; many were lost to rounding.
             same &= changes != 0
             return off | same if int(same.sum()) <= max(1, _FEW * len(same)) else off
-        wanted = self._before + expected.change
-        if self.manner == "directions":
-            own = ~expected.lengths.isnan()
-            # Only the direction is compared here: the factor that brings both closest is taken out.
-            factor = (self._after * wanted).sum(1) / wanted.square().sum(1)
-            wanted *= factor.where(own, factor.new_ones(()))[:, None]
-        off = ~(_norms(self._after - wanted) <= limit) | limit.isinf()
-        if self.manner == "directions":
-            lengths = expected.lengths.abs()
-            return off | (own & ~((self._lengths - lengths).abs() <= _LENGTH_OFF * lengths))
-        return off
+        wanted = before + expected.change
+        if self.manner == "sizes":
+            return ~(_norms(after - wanted) <= limit) | np.isinf(limit)
+        own, lengths = ~np.isnan(expected.lengths), np.abs(expected.lengths)
+        # Only the direction is compared here: the factor that brings both closest is taken out.
+        factor = (after * wanted).sum(1) / np.square(wanted).sum(1)
+        wanted *= np.where(own, factor, np.float32(1))[:, None]
+        off = ~(_norms(after - wanted) <= limit) | np.isinf(limit)
+        return off | (own & ~(np.abs(self._norms - lengths) <= _LENGTH_OFF * lengths))
 
-    def _limit(self, expected: Expected, changes: torch.Tensor, size: float) -> torch.Tensor:
+    def _limit(self, expected: Expected, changes: Numbers, size: float) -> Numbers:
         """Return the largest difference of a row's products that rounding explains: the root of the sum of their
         squares.
         """
+        import numpy as np
+
         k, taken = self.pattern.groups, self.pattern.taken
-        squares, changes = self._squares(size), changes.square()
-        rounding = squares.clone()
+        squares, changes = self._squares(size), np.square(changes)
+        rounding = squares.copy()
         if (
             self.pattern.halved
         ):  # the lower half of a view's mantissa is another value, and that may have changed too
-            rounding += 2 * changes.minimum(squares)
+            rounding += 2 * np.minimum(changes, squares)
         if any(delta.rounded for delta in self._op.deltas):
             rounding += changes
         method = "nearest" if self._op.rounding is None else self._op.rounding.method
-        noise = rounding.mul_((_ROUNDING[method] * UNIT_ROUNDOFF[self._slot.dtype]) ** 2)
+        noise = rounding * (_ROUNDING[method] * UNIT_ROUNDOFF[self._slot.dtype]) ** 2
         # Float32 sums over `taken` values here, and over the rank in the merge.
-        noise += (squares + _norms(self._before).square_() + changes) * (_FLOAT32**2 * (taken + _RANK))
+        noise += (squares + np.square(_norms(self._products[0])) + changes) * (_FLOAT32**2 * (taken + _RANK))
         noise += _FLOOR[self._slot.dtype] ** 2 * k * taken
         noise *= _WEIGHT**2 * (1 + 2 * sqrt(_RARE / k) + 2 * _RARE / k)
         # Six standard deviations of what random weights make of a change of this size.
-        return noise.sqrt_() + 6 * _WEIGHT * expected.spread
+        found: Numbers = np.sqrt(noise) + 6 * _WEIGHT * expected.spread
+        return found
 
-    def _squares(self, size: float) -> torch.Tensor:
+    def _squares(self, size: float) -> Numbers:
         """Return ‖w‖² of each row as it is written, over the columns that are multiplied; measured in one group of
         columns.
         """
-        squares = self._lengths.square()
+        import numpy as np
+
+        squares: Numbers = np.square(self._norms)
         if self.manner == "directions":
             return squares * (self.pattern.groups * self.pattern.taken / self.pattern.columns)
         if self.pattern.groups == 1:
             return squares
-        ratio = size**2 / (float(squares.median()) or nan)
+        ratio = size**2 / (_median(squares) or nan)
         return squares * (
             min(max(ratio, self.pattern.groups / 16), self.pattern.groups * 16.0) if isfinite(ratio) else 1
         )
 
 
-def _tensor(numbers: Numbers) -> torch.Tensor:
-    import torch
-
-    return torch.from_numpy(numbers)
-
-
-def _norms(rows: torch.Tensor) -> torch.Tensor:
+def _norms(rows: Numbers) -> Numbers:
     """Return the norms of rows in float32; infinite or zero where a square is."""
-    found: torch.Tensor = (
-        rows.square().mv(rows.new_ones(rows.shape[1])).sqrt_()
-    )  # the library's own is slow for short rows
+    import numpy as np
+
+    found: Numbers = np.sqrt(np.einsum("ij,ij->i", rows, rows))
     return found
 
 
-def _ranges(rows: torch.Tensor) -> tuple[tuple[int, int], ...]:
+def _median(values: Numbers) -> float:
+    """Return the median; of two in the middle the lower one."""
+    import numpy as np
+
+    middle = (len(values) - 1) // 2
+    return float(np.partition(values, middle)[middle])
+
+
+def _ranges(rows: Mask) -> tuple[tuple[int, int], ...]:
     """Return the marked rows as ranges; one range of all rows where there would be too many."""
     found: list[tuple[int, int]] = []
-    for row in rows.nonzero().flatten().tolist():
+    for row in rows.nonzero()[0].tolist():
         if found and found[-1][1] == row:
             found[-1] = (found[-1][0], row + 1)
         else:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Protocol
 
+from lora_merge.checks.contents import content_at, content_of
 from lora_merge.checks.decoding import DECODERS, Raw
+from lora_merge.checks.floats import floats_at
 from lora_merge.core.tensor import STORED_TYPES
 from lora_merge.errors import CheckpointError
 from lora_merge.runtime.shortage import raise_if_out_of_memory
-from lora_merge.storage.reading import read_unwatched, stream_of
+from lora_merge.storage.reading import stream_of
 from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_merge.checks.decoding import Levels
+    from lora_merge.checks.floats import Numbers
     from lora_merge.core.tensor import TensorRef
     from lora_merge.core.weight import Weight  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.storage.sources import Source
@@ -144,6 +147,18 @@ class Reader:
         """Return the bytes of some rows of a tensor of the output, found by its name."""
         return self._file(ref.file).raw_rows(ref.name, rows, n_rows, within)
 
+    def floats_source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> Numbers | None:
+        """Return some rows of a floating-point tensor of base or adapter, found by its place, without torch: float32
+        ``[len(rows), columns]``, which is exact. None where the file is pickled.
+        """
+        file = self._file(ref.file)
+        return file.floats_source(ref, rows, n_rows) if isinstance(file, _Safetensors) else None
+
+    def floats_rows(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> Numbers | None:
+        """Return the same of a tensor of the output, found by its name."""
+        file = self._file(ref.file)
+        return file.floats_rows(ref.name, rows, n_rows) if isinstance(file, _Safetensors) else None
+
     def _file(self, file: str) -> _Safetensors | _Pickled:
         with self._opening:
             if file not in self._open:
@@ -244,6 +259,13 @@ class _Safetensors:
     def raw_source(self, ref: TensorRef, rows: Sequence[int], n_rows: int, within: Within) -> Raw:
         return _raw(self._source, ref.start, ref.nbytes // n_rows, rows, self._dtype_at(ref.start), within)
 
+    def floats_rows(self, name: str, rows: Sequence[int], n_rows: int) -> Numbers | None:
+        start, nbytes, dtype = self._named(name)
+        return floats_at(self._source, start, nbytes // n_rows, rows, dtype)
+
+    def floats_source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> Numbers | None:
+        return floats_at(self._source, ref.start, ref.nbytes // n_rows, rows, self._dtype_at(ref.start))
+
     def _named(self, name: str) -> tuple[int, int, str]:
         """Return the place, the bytes and the dtype of a tensor."""
         row = self._header[name]
@@ -305,7 +327,7 @@ def _read(
     source: Source, start: int, n_bytes: int, rows: Sequence[int], dtype: str, *, wide: bool = True
 ) -> torch.Tensor:
     """Return rows of ``n_bytes`` each, read at their places in a file, as numbers."""
-    return _values(_content(source, start, n_bytes, rows), dtype, len(rows), wide=wide)
+    return _values(content_of(source, start, n_bytes, rows), dtype, len(rows), wide=wide)
 
 
 def _raw(source: Source, start: int, n_bytes: int, rows: Sequence[int], dtype: str, within: Within) -> Raw:
@@ -314,39 +336,14 @@ def _raw(source: Source, start: int, n_bytes: int, rows: Sequence[int], dtype: s
 
     first, last = within or (0, n_bytes)
     if last - first < n_bytes and n_bytes > _TOGETHER_BYTES:
-        content = bytearray().join(_at(source, start + row * n_bytes + first, last - first) for row in rows)
+        content = bytearray().join(
+            content_at(source, start + row * n_bytes + first, last - first) for row in rows
+        )
         first, last, n_bytes = 0, last - first, last - first
     else:
-        content = _content(source, start, n_bytes, rows)
+        content = content_of(source, start, n_bytes, rows)
     whole = torch.frombuffer(content, dtype=torch.uint8).view(len(rows), n_bytes)
     return Raw(whole[:, first:last].contiguous(), dtype)
-
-
-def _content(source: Source, start: int, n_bytes: int, rows: Sequence[int]) -> bytearray:
-    """Return the bytes of some rows, one after the other."""
-    runs = _runs(rows)
-    found = [_at(source, start + first * n_bytes, (last - first) * n_bytes) for first, last in runs]
-    return found[0] if len(found) == 1 else bytearray().join(found)
-
-
-def _at(source: Source, start: int, n_bytes: int) -> bytearray:
-    """Return some bytes at a place. They are read by their place, so that threads do not move each other's."""
-    content = bytearray(n_bytes)
-    read_unwatched(source, memoryview(content), start)
-    return content
-
-
-def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
-    """Group row numbers into ranges of adjacent rows: one read each."""
-    if isinstance(rows, range) and rows.step == 1:
-        return [(rows.start, rows.stop)] if rows else []
-    runs: list[tuple[int, int]] = []
-    for row in rows:
-        if runs and runs[-1][1] == row:
-            runs[-1] = (runs[-1][0], row + 1)
-        else:
-            runs.append((row, row + 1))
-    return runs
 
 
 def _values(content: bytearray, dtype: str, n_rows: int, *, wide: bool) -> torch.Tensor:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_PRECISION = {"F8_E4M3": 4, "BF16": 8, "F16": 11, "F32": 24}
+PRECISION = {"F8_E4M3": 4, "BF16": 8, "F16": 11, "F32": 24}
 """Bits of the significand."""
 
-_SMALLEST = {"F8_E4M3": -9, "BF16": -133, "F16": -24, "F32": -149}
+SMALLEST = {"F8_E4M3": -9, "BF16": -133, "F16": -24, "F32": -149}
 """Exponent of the smallest subnormal."""
 
 LARGEST = {"BF16": (2 - 2.0**-7) * 2.0**127, "F16": 65504.0, "F32": (2 - 2.0**-23) * 2.0**127}
@@ -37,7 +37,7 @@ def step(values: torch.Tensor, dtype: str) -> torch.Tensor:
 
     # A float64 is 1 sign bit, 11 bits of exponent + 1023, 52 bits of mantissa.
     exponents = (values.view(torch.int64) >> 52).bitwise_and_((1 << 11) - 1)
-    exponents = exponents.sub_(_PRECISION[dtype] - 1).clamp_(min=_SMALLEST[dtype] + 1023)
+    exponents = exponents.sub_(PRECISION[dtype] - 1).clamp_(min=SMALLEST[dtype] + 1023)
     return exponents.bitwise_left_shift_(52).view(torch.float64)
 
 

@@ -73,6 +73,14 @@ class Pattern:
             first = first // 2 * 2 + (drawn // 4 % 4 == 0)
         return cls(columns, halved, groups, width, taken, first)
 
+    def numbers(self) -> np.ndarray[Any, np.dtype[np.intp]]:
+        """Return the numbers of the columns that are multiplied, ``[groups, taken]``."""
+        import numpy as np
+
+        step = 2 if self.halved else 1
+        firsts = self.first + step - 1 + np.arange(self.groups) * (self.width * step)
+        return firsts[:, None] + np.arange(self.taken) * step
+
     def select(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return the columns that are multiplied, ``[rows, groups, taken]``, of a contiguous ``[rows, columns]``."""
         step = 2 if self.halved else 1

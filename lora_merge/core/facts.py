@@ -66,6 +66,11 @@ class Facts:
     """The trait (`lora_merge.serving.traits`) that an adapter with such a change has for serving engines, and its detail."""
 
     @property
+    def is_plain(self) -> bool:
+        """True when the change is one product of A and B as they are stored, and nothing else."""
+        return False
+
+    @property
     def division(self) -> Division:
         """Into which parts the change can be divided, where the base stores its weight in parts."""
         return "none"
@@ -103,7 +108,6 @@ class Facts:
         """Let a plan in JSON have the facts of any algebra in the table; pydantic asks for this when it reads one."""
         if cls is not Facts:
             return handler(source)
-        # The table is above this room. It is asked by name, and only when JSON is read, so that a new algebra needs no
-        # second list here.
+        # The table is above this room. It is asked by name, when JSON is read, so that a new algebra needs no second list.
         table = import_module("lora_merge.deltas").ALGEBRAS
         return handler.generate_schema(reduce(or_, (algebra.facts for algebra in table.values())))

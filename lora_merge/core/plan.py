@@ -61,10 +61,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A weight decoded to float32, changed by every delta in turn, encoded once.
-
-    With no deltas it is a change of the storage: of the dtype, for a dense one.
-    """
+    """A weight decoded to float32, changed by every delta in turn, encoded once. Without deltas, only its storage or dtype changes."""
 
     source: Weight
     target: Storage
@@ -80,9 +77,7 @@ class Merge:
     """None: every delta is applied in turn."""
 
     held_bytes: int = 0
-    """Bytes that are in memory for every tile: packed codes that run across the rows, those that are read and those that are
-    written.
-    """
+    """Bytes that are in memory for every tile: packed codes that run across the rows, those read and those written."""
 
     rounding: Rounding | None = None
     """None: every value becomes the nearest number."""

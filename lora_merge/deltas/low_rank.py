@@ -41,6 +41,11 @@ class LowRankFacts(FactorFacts):
     vanishes_with: ClassVar[frozenset[str]] = frozenset({"A", "B", "E"})
 
     @property
+    def is_plain(self) -> bool:
+        """True without a divisor, blocks, a stack or factors that are stored transposed."""
+        return self == LowRankFacts()
+
+    @property
     def has_flat_kernel(self) -> bool:
         """True where the factors of a convolution have its kernel flat, as AdaLoRA's do."""
         return self.divisor is not None

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_merge.checks import CHECKS, Evidence, reading
+from lora_merge.checks import CHECKS, Evidence, contents, reading
 from lora_merge.checks.choosing import chosen_rows
 from lora_merge.checks.decoding import DECODERS
 from lora_merge.checks.formulas import Site
@@ -501,12 +501,13 @@ def test_modelopt_awq(has_pre, weight_of):
 def test_a_row_of_blocks_is_read_alone(weight_of, monkeypatch):
     n_bytes = 0
 
-    def counted(stream, start, size, at=reading._at):
+    def counted(stream, start, size, at=contents.content_at):
         nonlocal n_bytes
         n_bytes += size
         return at(stream, start, size)
 
-    monkeypatch.setattr(reading, "_at", counted)
+    for module in (contents, reading):
+        monkeypatch.setattr(module, "content_at", counted)
     parts = {WEIGHT: ("F8_E4M3", (512, 256), bytes(512 * 256)), "scale": ("F32", (4, 2), bytes(32))}
     weight = weight_of(
         "scaled", (512, 256), parts, codes="F8_E4M3", block_rows=128, block_columns=128, scale="F32"
@@ -518,11 +519,12 @@ def test_a_row_of_blocks_is_read_alone(weight_of, monkeypatch):
 def test_of_a_wide_part_only_the_columns_are_read(weight_of, monkeypatch):
     sizes = []
 
-    def counted(stream, start, size, at=reading._at):
+    def counted(stream, start, size, at=contents.content_at):
         sizes.append(size)
         return at(stream, start, size)
 
-    monkeypatch.setattr(reading, "_at", counted)
+    for module in (contents, reading):
+        monkeypatch.setattr(module, "content_at", counted)
     n_in, n_out = 64, 4096
     parts = {
         WEIGHT: ("I32", (8, n_out), bytes(32 * n_out)),

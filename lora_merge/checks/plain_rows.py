@@ -1,0 +1,130 @@
+"""Rows of the most frequent merge, recomputed without torch: one product added to plain values, each rounded to the nearest number.
+
+It says yes, or that it does not know. Then `lora_merge.checks.recompute` asks its formulas, and says what is wrong. The limits are
+those of `lora_merge.checks.formulas` and `lora_merge.checks.bounds`: what float32 computes is off by an error that is known, and the
+stored value is one of those that lie between both ends, rounded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.checks.expecting import is_plain_product
+from lora_merge.checks.rounding import PRECISION, SMALLEST
+from lora_merge.core.weight import WEIGHT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from lora_merge.checks.reading import Reader
+    from lora_merge.core.plan import Merge
+    from lora_merge.core.weight import Weight
+
+    Wide = np.ndarray[Any, np.dtype[np.float64]]
+
+_FLOAT32 = 2.0**-24
+_UNDERFLOW = 2.0**-149
+"""As in `lora_merge.checks.formulas`."""
+
+
+class PlainRows:
+    """The rows of one merged weight.
+
+    Args:
+        reader: of all files.
+        op: what was done to it, for which `applies` is true.
+        written: the weight as it is in the output.
+    """
+
+    def __init__(self, reader: Reader, op: Merge, written: Weight) -> None:
+        self._reader, self._op, self._written = reader, op, written
+        self._right: tuple[Wide, Wide] | None = None
+
+    @staticmethod
+    def applies(op: Merge) -> bool:
+        """Return whether the rows of a weight can be recomputed here."""
+        return (
+            op.combination is None
+            and op.rounding is None
+            and op.source.plain is not None
+            and op.target.is_dense
+            and op.target.dtype in PRECISION
+            and len(op.deltas) == 1
+            and op.deltas[0].adapter_weight == 1
+            and is_plain_product(op.deltas[0])
+        )
+
+    def are_explained(self, rows: Sequence[int]) -> bool:
+        """Return True where rounding explains every stored value of some rows; False where that is not known."""
+        import numpy as np
+
+        op, reader, n_rows = self._op, self._reader, self._op.view.n_rows
+        (delta,) = op.deltas
+        source = op.source.plain
+        assert source is not None
+        before = reader.floats_source(source, rows, n_rows)
+        stored = reader.floats_rows(self._written.parts[WEIGHT], rows, n_rows)
+        left = reader.floats_source(delta.factors["B"], rows, n_rows)
+        right = self._of_right()
+        if before is None or stored is None or left is None or right is None:
+            return False
+        # What is not finite is not explained.
+        with np.errstate(all="ignore"):
+            exact, off = _changed(
+                before.astype(np.float64), left.astype(np.float64), right, delta.effective_scale
+            )
+            low, high = (rounded(end, op.target.dtype) for end in (exact - off, exact + off))
+            return bool(((low <= stored) & (stored <= high)).all())
+
+    def _of_right(self) -> tuple[Wide, Wide] | None:
+        """Return A and its absolute values, float64 ``[r, in]``; they are read once."""
+        import numpy as np
+
+        if self._right is None:
+            ref = self._op.deltas[0].factors["A"]
+            found = self._reader.floats_source(ref, range(ref.shape[0]), ref.shape[0])
+            if found is None:
+                return None
+            wide = found.astype(np.float64)
+            self._right = wide, np.abs(wide)
+        return self._right
+
+
+def _changed(before: Wide, left: Wide, right: tuple[Wide, Wide], scale: float) -> tuple[Wide, Wide]:
+    """Return W + s · BA, and by how much float32 may have missed it.
+
+    The product is off by (r + 5)·2⁻²⁴·|s|·Σ|bᵢaᵢ| at most, and by its underflows; the sum by 2⁻²⁴ of the sizes of its parts.
+
+    Args:
+        before: W, ``[rows, in]``.
+        left: rows of B.
+        right: A, and |A|.
+        scale: s.
+    """
+    import numpy as np
+
+    a, sizes = right
+    change = (left @ a) * scale
+    reach = np.abs(left) @ sizes
+    # B may have underflowed where the scale was multiplied into it first.
+    reach += _UNDERFLOW / _FLOAT32 * sizes.sum(0)
+    off = reach * ((len(a) + 5) * _FLOAT32 * abs(scale))
+    off += (abs(scale) * len(a) + 2) * _UNDERFLOW
+    off += (np.abs(before) + np.abs(change)) * _FLOAT32
+    return before + change, off
+
+
+def rounded(values: Wide, dtype: str) -> Wide:
+    """Return float64 values rounded to the nearest number of a dtype, ties to even, still in float64; see
+    `lora_merge.checks.rounding`.
+    """
+    import numpy as np
+
+    # The exponent of each value, from its bits, and from it the distance of the two numbers around it.
+    exponents = (values.view(np.int64) >> 52) & ((1 << 11) - 1)
+    exponents = np.maximum(exponents - (PRECISION[dtype] - 1), SMALLEST[dtype] + 1023)
+    steps: Wide = (exponents << 52).view(np.float64)
+    found: Wide = np.rint(values / steps) * steps
+    return found
