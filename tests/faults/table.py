@@ -267,9 +267,12 @@ def _no_memory(place: Place) -> Iterator[None]:
     takers = _Takers()
 
     def starve() -> None:
+        # Python hangs in `Thread.start` where a new thread has no memory for its own first steps (3.11).
+        steps = bytearray(1 << 19)
         used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_DATA, (used + (1 << 16), before[1]))
         takers.take()
+        del steps
 
     place.during = starve
     try:
