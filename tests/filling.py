@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.identity import Inputs
 from lora_merge.executors import EXECUTORS
 from lora_merge.merging import filling
-from lora_merge.merging.worker import BeginSpec, CopySpec, MergeSpec, can_be_begun
+from lora_merge.merging.worker import CopySpec, MergeSpec
 from lora_merge.storage.folder import Folder
 from lora_merge.storage.local_output import FolderSink
 from lora_merge.storage.output_files import reserve
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.tensor import TensorRecord
-    from lora_merge.core.work import Piece
-    from lora_merge.merging.worker import BegunPiece
 
 
 def fill(
@@ -28,11 +26,9 @@ def fill(
     executor: str = "serial",
     n_workers: int = 1,
     tile_elements: int | None = None,
-    *,
-    is_early: bool = False,
 ) -> list[TensorRecord]:
     """Make a directory with the weight files of a plan; return the records in the order of their names."""
-    return fill_all({root: plan}, executor, n_workers, tile_elements, is_early=is_early)[root]
+    return fill_all({root: plan}, executor, n_workers, tile_elements)[root]
 
 
 def fill_all(
@@ -40,14 +36,8 @@ def fill_all(
     executor: str = "serial",
     n_workers: int = 1,
     tile_elements: int | None = None,
-    *,
-    is_early: bool = False,
 ) -> dict[Path, list[TensorRecord]]:
-    """Make a directory with the weight files of each plan, all in one run; they may have any bases.
-
-    Args:
-        is_early: begin all merges that can be begun without torch that way.
-    """
+    """Make a directory with the weight files of each plan, all in one run; they may have any bases."""
     sinks = []
     for root, plan in plans.items():
         root.mkdir()
@@ -60,14 +50,7 @@ def fill_all(
     copying = CopySpec(tuple(sinks), Inputs())
     merging = MergeSpec(tuple(sinks), Inputs(), tile_elements=tile_elements)
     done = [*run(copying, filling.copies(left, order), n_workers)]
-    pieces: list[Piece | BegunPiece] = [*filling.merges(left, order)]
-    if is_early:
-        beginning = BeginSpec(tuple(sinks), Inputs(), lambda: False, tile_elements)
-        wanted = [piece for piece in filling.merges(left, order) if can_be_begun(piece)]
-        begun = [one for one in run(beginning, wanted, n_workers) if one is not None]
-        known = [one.piece for one in begun]
-        pieces = [*begun, *(piece for piece in pieces if piece not in known)]
-    done += run(merging, pieces, n_workers)
+    done += run(merging, filling.merges(left, order), n_workers)
     found: dict[Path, list[TensorRecord]] = {root: [] for root in plans}
     for one in done:
         for number, record in one.records:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 merging: Any = importlib.import_module(
     "lora_merge.merging.worker.filling"
 )  # `lora_merge.merge` itself is the verb
+merger: Any = importlib.import_module("lora_merge.merging.worker.merger")
 workbench: Any = importlib.import_module("lora_merge.merging.worker.workbench")
 staged: Any = importlib.import_module("lora_merge.merging.staged")
 
@@ -115,11 +116,11 @@ def in_merge(fault: str, place: Place, tensor: str) -> Iterator[None]:
         if before is not None and (fault not in IN_ROWS or max(place.row, place.other) < end):
             spoil(values, before, start)
 
-    def added(frame: Any, tile: Any, op: Merge) -> None:
+    def added(rounded: Any, stored: Any, tile: Any, op: Merge) -> None:
         if is_there(tile.start, tile.end, op):
-            values, before = _as_added(frame)
-            spoil(values, before, tile.start)
-            frame.rounded[WEIGHT].copy_(values.view(frame.rounded[WEIGHT].shape))
+            values = rounded.float()
+            spoil(values, stored.float(), tile.start)
+            rounded.copy_(values)
 
     merging.change = spoiled
     try:
@@ -151,9 +152,10 @@ def one_unit_off(place: Place, tensor: str) -> Iterator[None]:
         for row in getattr(here, "rows", ()):
             spoil(self.rounded[WEIGHT], row)
 
-    def added(frame: Any, tile: Any, op: Merge) -> None:
+    def added(rounded: Any, stored: Any, tile: Any, op: Merge) -> None:
+        del stored
         if op.source.name == tensor and tile.start <= place.row < tile.end:
-            spoil(frame.rounded[WEIGHT], place.row - tile.start)
+            spoil(rounded, place.row - tile.start)
 
     merging.change, workbench.Frame.encode = watched, spoiled
     try:
@@ -164,32 +166,44 @@ def one_unit_off(place: Place, tensor: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _after_adding(spoil: Callable[[Any, Any, Merge], None]) -> Iterator[None]:
-    """Call a function after each tile that compiled code has added: with its frame, the tile and what is done."""
-    is_added, add = merging.Filling.is_added, workbench.Frame.add
+def _after_adding(spoil: Callable[[Any, Any, Any, Merge], None]) -> Iterator[None]:
+    """Call a function after each tile that compiled code has added, with torch's buffers or without torch.
+
+    It gets bfloat16 ``[rows, columns]``, what is written and what was read, then the tile and what is done.
+    """
+    is_added, add, plainly = merging.Filling.is_added, workbench.Frame.add, merger.Merger._is_added
     here = threading.local()
 
     def noted(self: Any, n: int, *rest: Any) -> Any:
         here.tile, here.op = self.tiles[n], self.op
         return is_added(self, n, *rest)
 
-    def spoiled(self: Any, product: Any) -> Any:
-        is_done = add(self, product)
+    def spoiled(self: Any, stored: Any, product: Any) -> Any:
+        is_done = add(self, stored, product)
         if is_done:
-            spoil(self, here.tile, here.op)
+            spoil(self.rounded[WEIGHT].view(stored.shape), stored, here.tile, here.op)
+        return is_done
+
+    def plainly_spoiled(self: Any, output: Any, n: int, frame: Any, addend: Any) -> Any:
+        is_done = plainly(self, output, n, frame, addend)
+        if is_done:
+            spoil(_bfloat16(frame.out), _bfloat16(frame.base), output.tiles[n], output.op)
         return is_done
 
     merging.Filling.is_added, workbench.Frame.add = noted, spoiled
+    merger.Merger._is_added = plainly_spoiled
     try:
         yield
     finally:
         merging.Filling.is_added, workbench.Frame.add = is_added, add
+        merger.Merger._is_added = plainly
 
 
-def _as_added(frame: Any) -> tuple[Any, Any]:
-    """Return what compiled code made of a tile, and what it was: float32 ``[rows, columns]`` each."""
-    shape = frame.values.shape
-    return frame.rounded[WEIGHT].view(shape).float(), frame.stored[WEIGHT].view(shape).float()
+def _bfloat16(halves: Any) -> Any:
+    """Return a view of 16-bit integers as bfloat16."""
+    import torch
+
+    return torch.from_numpy(halves.view("int16")).view(torch.bfloat16)
 
 
 ON_DISK = (

@@ -30,7 +30,7 @@ def fit_together(merges: Sequence[Prepared]) -> bool:
     limits = [one.request.memory_limit for one in merges if one.request.memory_limit is not None]
     # The strictest limit of all jobs; without any, the memory that is free.
     limit = min(map(parse_size, limits), default=machine.free_bytes())
-    peak = peak_together(one.budget for one in merges)
+    peak = peak_together([one.budget for one in merges])
     return len(merges) <= MOST_TOGETHER and (limit is None or peak <= limit)
 
 

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING
+
 from lora_merge.executors.crew import Crew
+from lora_merge.runtime.torch_threads import one_torch_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _MOST = 8
 """Each needs memory for the rows that it recomputes, whatever the merge's own workers need."""
 
 
-def reckoners(n_threads: int) -> Crew:
-    """Return a crew for arithmetic with torch, whose threads have one core each. Torch has one thread in its process already."""
-    return Crew(min(n_threads, _MOST), _begin)
+@contextlib.contextmanager
+def reckoners(n_threads: int, *, has_torch: bool = True) -> Iterator[Crew]:
+    """Yield a crew for arithmetic, whose threads have one core each. So has torch meanwhile, in this thread too.
+
+    Args:
+        n_threads: how many may look at a time.
+        has_torch: False where torch is not needed, unless something is wrong: it is not loaded for this.
+    """
+    n_threads = min(n_threads, _MOST)
+    if has_torch:
+        with one_torch_thread(), Crew(n_threads, _begin) as crew:
+            yield crew
+    else:
+        with Crew(n_threads) as crew:
+            yield crew
 
 
 def _begin() -> None:

@@ -10,7 +10,7 @@ from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.next_steps import again
 from lora_merge.cli.options import SETTINGS, console_of, options, request_of
 from lora_merge.cli.reports import page_file
-from lora_merge.runtime.libtorch import load_beside
+from lora_merge.cli.torch_ahead import load_for_merge
 
 
 @click.command(cls=Verb, context_settings=SETTINGS)
@@ -40,7 +40,7 @@ def merge(
     """
     # Before the imports that follow, which take as long.
     if not dry_run:
-        load_beside()
+        load_for_merge(flags)
     from lora_merge import api
     from lora_merge.reporting.subject import subject_of
 

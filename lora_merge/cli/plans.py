@@ -20,7 +20,7 @@ _PHASES = {
     "start": "start Python, load the program",
     "plan": "read headers, match the adapter, lay out the output",
     "resume": "check what an interrupted run has written",
-    "copy": "copy tensors that do not change; torch loads meanwhile",
+    "copy": "copy tensors that do not change",
     "load": "wait until torch is loaded",
     "merge": "merge the other tensors in float32",
     "seal": "write config, tokenizer and manifest",

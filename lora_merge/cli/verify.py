@@ -10,7 +10,7 @@ from lora_merge.cli import exits
 from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.options import SETTINGS, console_of, options
 from lora_merge.cli.reports import page_file
-from lora_merge.runtime.libtorch import load_beside
+from lora_merge.cli.torch_ahead import load_for_verify
 
 
 @click.command(cls=Verb, context_settings=SETTINGS)
@@ -32,8 +32,7 @@ def verify(*, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
       lora-merge verify elsewhere --base Llama-3-8B --adapter my-lora --level full
     """
     # Before the imports that follow, which take as long.
-    if flags["level"] != "structure":
-        load_beside()
+    load_for_verify(flags)
     from lora_merge import api
     from lora_merge.reporting.subject import subject_of
     from lora_merge.requests.parsing import parse_request

@@ -86,7 +86,7 @@ def pick(
         return partial(run_ray, demand=demand)
     if device != "cpu":
         return partial(run_cuda, device=device)
-    # Never processes: each loads torch for itself, which takes seconds and some 260 MB.
+    # Never processes: each may have to load torch for itself, which takes seconds and some 260 MB.
     if name == "auto":
         name = "serial" if n_workers == 1 else "threads"
     if name == "threads" and pace is not None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.view import TILE_ELEMENTS
 from lora_merge.merging.estimate import occupied_workers
-from lora_merge.merging.peak import RUNTIME_BYTES, peak_bytes
+from lora_merge.merging.peak import RUNTIME_BYTES, peak_bytes, runtime_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from lora_merge.core.plan import MergePlan
 
@@ -47,14 +47,18 @@ class Budget:
     is_asked: bool = False
     """True where the number of workers is the one that was asked for."""
 
+    runtime_bytes: int = RUNTIME_BYTES
+    """The part of `peak_bytes` that the process needs without any merge."""
 
-def peak_together(budgets: Iterable[Budget]) -> int:
+
+def peak_together(budgets: Sequence[Budget]) -> int:
     """Return the estimated resident memory of several merges in one pass over their base, in bytes.
 
-    The memory that the process needs without any merge (`RUNTIME_BYTES`) counts once. What each merge has under way,
-    mostly its factors, adds up.
+    The memory that the process needs without any merge counts once. What each merge has under way, mostly its factors, adds up.
     """
-    return RUNTIME_BYTES + sum(budget.peak_bytes - RUNTIME_BYTES for budget in budgets)
+    return max(budget.runtime_bytes for budget in budgets) + sum(
+        budget.peak_bytes - budget.runtime_bytes for budget in budgets
+    )
 
 
 def allot(
@@ -81,6 +85,7 @@ def allot(
         in_processes: True when each worker has a process, with torch in it; the estimate is of all of them.
         whole_files: where a worker makes one file at a time: the bytes that each file has under way.
     """
+    runtime = runtime_bytes(plan, on_gpu=on_gpu)
     best = CUDA_TILE_ELEMENTS if on_gpu else TILE_ELEMENTS
     is_paced = not (n_workers or in_processes or on_gpu or whole_files)
     n = n_workers or max(1, n_cores if is_paced else min(n_cores, MOST_WORKERS))
@@ -91,10 +96,10 @@ def allot(
     while True:
         # Smaller tiles are no price for workers that may turn out to be too many.
         for size in sizes[: 1 if is_paced and n > MOST_WORKERS else None]:
-            # Each process loads torch for itself; `peak_bytes` counts that once, for the driver.
-            peak = peak_bytes(plan, n, size) + in_processes * n * RUNTIME_BYTES
+            # Each process loads what it needs for itself; `peak_bytes` counts that once, for the driver.
+            peak = peak_bytes(plan, n, size, on_gpu=on_gpu) + in_processes * n * runtime
             peak += sum(nlargest(n, whole_files))
-            budget = Budget(n, size, peak, first if first < n else 0, n == n_workers)
+            budget = Budget(n, size, peak, first if first < n else 0, n == n_workers, runtime)
             if limit_bytes is None or budget.peak_bytes <= limit_bytes:
                 return budget
         # The smallest estimate that there is. The caller compares it with the limit and says so to the user.

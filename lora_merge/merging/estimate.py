@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_merge.core.plan import Merge
+from lora_merge.merging.worker import needs_torch
 from lora_merge.native.library import library
 
 if TYPE_CHECKING:
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.tensor import TensorRef
 
-_STARTING = (0.7, 3.0)
-"""Seconds until torch is loaded."""
+_STARTING = (0.4, 1.5)
+"""Seconds until the first byte is read, and those after the last: start-up, planning, checks."""
+
+_LOADING = (0.3, 1.5)
+"""Seconds that loading torch adds, where it is needed. Copies and some merges go on meanwhile."""
 
 _FAST, _SLOW = 2.5e9, 3e8
 """Bytes per second that a disk reads or writes: a fast NVMe disk or the page cache, and a slow one."""
@@ -88,8 +92,10 @@ def estimate(plan: MergePlan, n_workers: int, *, is_full: bool = False) -> Estim
     computing = max(sum(ns) / max(1, n_workers), max(ns, default=0.0)) * 1e-9
     moved = read_bytes + written * (2 if is_full else 1)
     # At best the disk works while the processor does; at worst one waits for the other.
-    low = _STARTING[0] + max(computing, moved / _FAST)
-    high = _STARTING[1] + _SLOWER * computing + moved / _SLOW
+    is_loaded = needs_torch(plan.steps)
+    least, most = (start + is_loaded * load for start, load in zip(_STARTING, _LOADING, strict=True))
+    low = least + max(computing, moved / _FAST)
+    high = most + _SLOWER * computing + moved / _SLOW
     return Estimate(read_bytes, written, (low, high))
 
 

@@ -73,14 +73,14 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 def _versions() -> dict[str, str]:
     import platform
+    from importlib import metadata
 
     import numpy as np
-    import torch
 
     return {
         "lora-merge": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": metadata.version("torch"),
         "numpy": np.__version__,
         "loops": "compiled" if library() else "torch",
     }

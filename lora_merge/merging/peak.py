@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.plan import Copy, Merge
 from lora_merge.core.view import PANEL_ELEMENTS, TILE_ELEMENTS, Block, Spread
+from lora_merge.merging.worker import needs_torch
 from lora_merge.rounding.adapter import workspace_bytes
 
 if TYPE_CHECKING:
@@ -19,18 +20,28 @@ if TYPE_CHECKING:
 RUNTIME_BYTES = 260 << 20
 """Resident memory of the interpreter with torch loaded, before the first tile."""
 
+PLAIN_RUNTIME_BYTES = 64 << 20
+"""The same where torch is not needed."""
+
 # Added only where a delta says `Facts.by_peft`.
 PEFT_BYTES = 140 << 20
 """What transformers and PEFT add to that, where PEFT's own layers merge."""
 
 
-def peak_bytes(plan: MergePlan, n_workers: int, tile_elements: int | None = None) -> int:
+def runtime_bytes(plan: MergePlan, *, on_gpu: bool = False) -> int:
+    """Return the resident memory of the process before the first tile, in bytes."""
+    return RUNTIME_BYTES if on_gpu or needs_torch(plan.steps) else PLAIN_RUNTIME_BYTES
+
+
+def peak_bytes(
+    plan: MergePlan, n_workers: int, tile_elements: int | None = None, *, on_gpu: bool = False
+) -> int:
     """Return an estimate of the resident memory of the merge, in bytes."""
     # A worker keeps the buffers of its heaviest step. At worst the heaviest steps run at the same time.
     heaviest = nlargest(n_workers, (_step_bytes(step, tile_elements) for step in plan.steps))
     merges = [step.op for step in plan.steps if isinstance(step.op, Merge)]
     by_peft = any(delta.facts.by_peft for op in merges for delta in op.deltas)
-    return RUNTIME_BYTES + by_peft * PEFT_BYTES + sum(heaviest)
+    return runtime_bytes(plan, on_gpu=on_gpu) + by_peft * PEFT_BYTES + sum(heaviest)
 
 
 def _step_bytes(step: Step, tile_elements: int | None) -> int:

@@ -15,6 +15,7 @@ from lora_merge.core.work import Plain, largest_first
 from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.merging.by_file import file_pieces
 from lora_merge.merging.unchanged_inputs import changed_times, sources_of
+from lora_merge.merging.worker import needs_torch
 from lora_merge.native.library import library
 from lora_merge.runtime.torch_threads import one_torch_thread
 from lora_merge.storage.digests import digest_text, new_digest
@@ -106,8 +107,8 @@ def finished(
     ]
     watch.phase("checking", sum(piece.nbytes for piece in there))
     found = []
-    # Projections are arithmetic with torch.
-    with one_torch_thread() if is_checked and there else contextlib.nullcontext():
+    has_torch = is_checked and needs_torch(makers[one.record.name] for one in there)
+    with one_torch_thread() if has_torch else contextlib.nullcontext():
         for piece, record in executors.pick(n_workers)(Plain(_look_at), largest_first(there), n_workers):
             watch.advance(piece.nbytes)
             if record is not None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_merge.checks.evidence import HERE, Elsewhere, Evidence
 from lora_merge.checks.finite import finite
+from lora_merge.checks.reckoners import reckoners
 from lora_merge.checks.verdict import verify as check_output
 from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note
 from lora_merge.errors import PlanError, VerifyError, WriteError
@@ -28,13 +29,12 @@ from lora_merge.merging.unchanged_inputs import (
     portable,
     used_by,
 )
-from lora_merge.merging.worker import short_switch_interval
+from lora_merge.merging.worker import needs_torch, short_switch_interval
 from lora_merge.planning.run import check_strict
 from lora_merge.requests.recording import record_of
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.machine import usable_cores
 from lora_merge.runtime.shortage import translate_out_of_memory
-from lora_merge.runtime.torch_threads import one_torch_thread
 from lora_merge.storage.copy_runs import RUN_BYTES, STORE_RUN_BYTES, whole_copies
 from lora_merge.storage.digests import is_of_file
 from lora_merge.storage.input_files import watching
@@ -344,8 +344,7 @@ class Staged:
     ) -> None:
         """Verify the staged files, and wait until the disk has them.
 
-        A filesystem may set the time of a change late (network filesystems do), or something else writes there. So what
-        changed meanwhile is verified once more, and then in full.
+        A filesystem may set the time of a change late, or something else writes there. So what changed meanwhile is verified in full.
 
         Args:
             level: how much of it is read.
@@ -359,8 +358,9 @@ class Staged:
             VerifyError: the verification says no.
             WriteError: the disk does not take it, or it changes again.
         """
-        before = self.place.listing()
-        with self.clock("verify"), one_torch_thread():
+        before, has_torch = self.place.listing(), needs_torch(self.plan.steps)
+        n_threads = min(self.prepared.budget.n_workers, usable_cores())
+        with self.clock("verify"), reckoners(n_threads, has_torch=has_torch) as crew:
             watch.phase("verifying", 0)
             self._verdict = check_output(
                 self.plan,
@@ -369,7 +369,7 @@ class Staged:
                 level,
                 sealed,
                 self._elsewhere(before),
-                min(self.prepared.budget.n_workers, usable_cores()),
+                crew,
             )
         if not self._verdict.ok:
             check_names(self.inputs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_merge import executors
@@ -23,13 +23,12 @@ from lora_merge.merging.on_cluster import demand_of, lock_of, seen_elsewhere
 from lora_merge.merging.staged import Staged, take_place, take_up
 from lora_merge.merging.unchanged_inputs import check_names
 from lora_merge.merging.worker import (
-    BeginSpec,
-    BegunPiece,
     CopySpec,
     FileSpec,
     MergeSpec,
     TorchLoading,
-    can_be_begun,
+    needs_torch,
+    parted,
     short_switch_interval,
 )
 from lora_merge.runtime.interrupts import as_keyboard_interrupt
@@ -47,9 +46,6 @@ if TYPE_CHECKING:
 
 _THREADS = frozenset({"auto", "threads", "serial"})
 """Executors whose workers are in this process, where torch is loaded."""
-
-_MOST_EARLY = 4
-"""Workers that begin merges while torch is loaded. Each of them takes the interpreter from the thread that imports it."""
 
 
 def write(group: Sequence[Prepared], budget: Budget, watch: Observer) -> Iterator[Made]:
@@ -75,7 +71,7 @@ def write(group: Sequence[Prepared], budget: Budget, watch: Observer) -> Iterato
             for prepared in group:
                 places.append(take_place(prepared))  # noqa: PERF401 - those that are taken have to be left
             # From here on, until torch is there, this thread imports nothing.
-            loading = TorchLoading(executors.IMPORTS.get(group[0].request.executor, ()))
+            loading = _loading(group)
             outputs = [
                 take_up(prepared, place, budget.n_workers, heard)
                 for prepared, place in zip(group, places, strict=True)
@@ -92,6 +88,14 @@ def write(group: Sequence[Prepared], budget: Budget, watch: Observer) -> Iterato
         except BaseException as exc:
             _abort(places[n:], exc, heard)
             raise
+
+
+def _loading(group: Sequence[Prepared]) -> TorchLoading | None:
+    """Begin to load torch, where some outputs need it; return None where none does."""
+    steps = (step for prepared in group for step in prepared.planned.plan.steps)
+    if group[0].device == "cpu" and not needs_torch(steps):
+        return None
+    return TorchLoading(executors.IMPORTS.get(group[0].request.executor, ()))
 
 
 def _abort(places: Sequence[Destination], exc: BaseException, heard: Heard) -> None:
@@ -116,11 +120,14 @@ class _Driver:
     watch: Observer
     progress: FileProgress
 
-    def fill(self, loading: TorchLoading) -> None:
+    def fill(self, loading: TorchLoading | None) -> None:
         """Carry out every step that is not done: copies while torch loads (a second or more), and the merges that need nothing of
         it; then all other merges.
 
         Copies are flushed meanwhile; what is merged is on its way to the disk by itself.
+
+        Args:
+            loading: None where torch is not needed.
         """
         if self.outputs[0].place.files is not None:
             self._fill_files(loading)
@@ -139,24 +146,16 @@ class _Driver:
             # up.
             for output in outputs:
                 output.place.rest()
-        pieces = filling.merges(left, order)
-        self.watch.phase("loading torch", 0)
-        with self._clocks("merge"), short_switch_interval():
-            begun = self._begin(loading, copying, pieces)
-        with self._clocks("load"):
-            loading.wait()
-        first = outputs[0].prepared
-        with self._clocks("merge"), watching(*known) as seen:
-            merging = MergeSpec(
-                copying.sinks,
-                copying.inputs,
-                first.device,
-                self.budget.tile_elements,
-                is_checked=self._is_checked,
-            )
-            taken = {id(one.piece) for one in begun}
-            work: list[Piece | BegunPiece] = [*begun, *(one for one in pieces if id(one) not in taken)]
-            self._work("merging", merging, work, first.device, seen)
+        merging = MergeSpec(
+            copying.sinks,
+            copying.inputs,
+            outputs[0].prepared.device,
+            self.budget.tile_elements,
+            is_checked=self._is_checked,
+            has_torch=loading is not None,
+        )
+        with watching(*known) as seen:
+            self._merge(loading, merging, filling.merges(left, order), seen)
         for output in outputs:
             output.read(seen.inputs().readings)
 
@@ -165,34 +164,37 @@ class _Driver:
         """True where any output is verified: one worker makes all outputs of a piece, so then all are projected."""
         return any(output.prepared.request.verify != "none" for output in self.outputs)
 
-    def _begin(self, loading: TorchLoading, copying: CopySpec, pieces: Sequence[Piece]) -> list[BegunPiece]:
-        """Have workers begin merges while torch is loaded; return those that they have begun.
+    def _merge(
+        self, loading: TorchLoading | None, spec: MergeSpec, pieces: Sequence[Piece], seen: Watch
+    ) -> None:
+        """Carry out merges: first, while torch is loaded, those that need nothing of it."""
+        is_there = loading is not None and loading.is_over
+        alone, others = parted(pieces) if self._is_in_threads and not is_there else ([], pieces)
+        with self._clocks("merge"), short_switch_interval():
+            self._work("merging", replace(spec, has_torch=False), alone, spec.device, seen)
+        self._wait(loading)
+        with self._clocks("merge"):
+            self._work("merging", spec, others, spec.device, seen)
 
-        Raises:
-            LoraMergeError: a piece failed.
-        """
+    @property
+    def _is_in_threads(self) -> bool:
+        """True where workers are threads of this process, and do their arithmetic on the CPU."""
         first = self.outputs[0].prepared
-        wanted = [piece for piece in pieces if can_be_begun(piece)]
-        if first.device != "cpu" or first.request.executor not in _THREADS or loading.is_over or not wanted:
-            return []
-        spec = BeginSpec(
-            copying.sinks,
-            copying.inputs,
-            lambda: loading.is_over,
-            self.budget.tile_elements,
-            is_checked=self._is_checked,
-        )
-        n_workers = min(self.budget.n_workers, _MOST_EARLY)
-        run = executors.pick(n_workers, "cpu", first.request.executor)
-        with self._explaining(), contextlib.closing(run(spec, wanted, n_workers)) as results:
-            return [one for one in results if one is not None]
+        return first.device == "cpu" and first.request.executor in _THREADS
 
-    def _fill_files(self, loading: TorchLoading) -> None:
+    def _wait(self, loading: TorchLoading | None) -> None:
+        """Wait until torch is loaded, where it is needed."""
+        with self._clocks("load"):
+            if loading is None:
+                return
+            if not loading.is_over:
+                self.watch.phase("loading torch", 0)
+            loading.wait()
+
+    def _fill_files(self, loading: TorchLoading | None) -> None:
         """Have workers make each file of the one output that is not there, from its first byte to its last."""
         (output,) = self.outputs
-        with self._clocks("load"):
-            self.watch.phase("loading torch", 0)
-            loading.wait()
+        self._wait(loading)
         device = output.prepared.device
         with self._clocks("merge"), watching(output.inputs) as seen:
             self._reserve()
@@ -210,6 +212,7 @@ class _Driver:
                     self.budget.tile_elements,
                     is_checked=is_checked,
                     copies=output.prepared.copies,
+                    has_torch=loading is not None,
                     lock=lock_of(output.prepared.out) if is_elsewhere else "",
                 )
                 self._work("merging", spec, output.left_files(), device, seen)
@@ -236,6 +239,8 @@ class _Driver:
         Raises:
             LoraMergeError: a piece failed.
         """
+        if not pieces:
+            return
         total = sum(piece.nbytes for piece in pieces)
         self.watch.phase(phase, total)
         n_workers, request = self.budget.n_workers, self.outputs[0].prepared.request

@@ -116,8 +116,8 @@ class Request:
     """Largest number of workers. Default: cores, while more get more done."""
 
     executor: str = "auto"
-    """How workers run. Processes each load torch, which takes seconds and memory. ray: as tasks on a Ray
-    cluster, one output file each. The output is the same. Default: auto, threads."""
+    """How workers run. Processes each load torch if it is needed, which takes seconds and memory. ray: as
+    tasks on a Ray cluster, one output file each. The output is the same. Default: auto, threads."""
 
     ray_address: str = "auto"
     """Cluster of --executor ray. auto: the one that runs here, or that RAY_ADDRESS names. local: one that is

@@ -593,7 +593,7 @@ _WRITING: tuple[Option, ...] = (
         "executor",
         ("merge",),
         kinds.EXECUTOR,
-        "How workers run. Processes each load torch, which takes seconds and memory. ray: as tasks on a Ray cluster, one output file each. The output is the same.",
+        "How workers run. Processes each load torch if it is needed, which takes seconds and memory. ray: as tasks on a Ray cluster, one output file each. The output is the same.",
         "default: auto, threads",
         default="auto",
     ),

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from lora_merge.checks.expecting import is_plain_sum
 from lora_merge.checks.projecting import needs_no_torch, read_once
 from lora_merge.checks.projection import Projection
+from lora_merge.core.plan import Merge
 from lora_merge.core.weight import WEIGHT
 from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.runtime.torch_threads import one_torch_thread
@@ -32,7 +34,7 @@ class Seen:
     digest: str
     finite: bool
     found: Projection | Rows | None
-    """The suspect rows, or what they will be found in once torch is loaded."""
+    """The suspect rows; or what they will be found in once torch is loaded, where that is needed."""
 
     def suspects(self) -> Rows | None:
         """Return the rows that projections suspect; None where they cannot tell. To be called once torch is loaded."""
@@ -84,12 +86,13 @@ def _looking(output: Output, has_torch: Callable[[], bool]) -> Callable[[Step], 
         ref = replace(slot, file=output.file_of(slot.file))
         digest, finite, projection = read_once(step, WEIGHT, ref)
         assert projection is not None
-        found = _suspects(projection) if has_torch() else projection
+        assert isinstance(step.op, Merge)
+        found: Projection | Rows | None = projection
+        if is_plain_sum(step.op):
+            found = projection.suspects()
+        elif has_torch():
+            with one_torch_thread():
+                found = projection.suspects()
         yield step.name, Seen(ref, digest, finite, found)
 
     return seen
-
-
-def _suspects(projection: Projection) -> Rows | None:
-    with one_torch_thread():
-        return projection.suspects()

@@ -25,7 +25,8 @@ from lora_merge.formats.manifest import Manifest, parse_manifest
 from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.merging.headline import Work, announce, merge_headline, model_words
 from lora_merge.merging.unchanged_inputs import check_names
-from lora_merge.merging.worker import TorchLoading, short_switch_interval
+from lora_merge.merging.worker import TorchLoading, needs_torch, short_switch_interval
+from lora_merge.native.library import library
 from lora_merge.planning import Joined, Policy, Reading, make_plan
 from lora_merge.planning.locate import Place
 from lora_merge.planning.run import InputTexts, chosen_adapter, join_inputs
@@ -34,7 +35,6 @@ from lora_merge.requests.request import Request, VerifyRequest
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.machine import usable_cores
 from lora_merge.runtime.shortage import MORE, translate_out_of_memory
-from lora_merge.runtime.torch_threads import one_torch_thread
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
 from lora_merge.storage.shown import by_url, errors_by_url
@@ -145,13 +145,15 @@ class _Verification:
         announce(self.watch, Work(headline))
         if self.request.level == "structure":
             return Proof(self.output.root, "", (), (self._loadable(),), (), self.clock.seconds, headline)
-        loading = TorchLoading()
         # What needs neither torch nor, for most of its time, the interpreter.
         with short_switch_interval():
+            loading = TorchLoading() if self._will_need_torch() else None
             read = self._manifest()
             manifest = read if isinstance(read, Manifest) else None
             loadable = self._loadable()
             again, planned = self._planned(manifest)
+            if loading is None and again is not None and needs_torch(again.plan.steps):
+                loading = TorchLoading()
             with self.clock("recorded"), Crew(usable_cores()) as crew:
                 self.watch.phase("comparing digests", 0)
                 seen = self._seen(again, crew, loading)
@@ -228,12 +230,19 @@ class _Verification:
         detail = f"{counted(n_tensors, 'tensor')} and {counted(n_files, 'other file')}, by their digests"
         return Finding("recorded", detail, issues)
 
-    def _seen(self, again: _Again | None, crew: Crew, loading: TorchLoading) -> Mapping[str, Seen]:
+    def _will_need_torch(self) -> bool:
+        """Return whether torch is surely needed: not all matrices are plain bfloat16."""
+        dtypes = {ref.dtype for ref in self.output.tensors().values() if len(ref.shape) > 1}
+        return library() is None or dtypes != {"BF16"}
+
+    def _seen(self, again: _Again | None, crew: Crew, loading: TorchLoading | None) -> Mapping[str, Seen]:
         """Return what one reading of base and output tells, of the tensors for which it is enough."""
         if again is None or self.request.level == "full":
             return {}
         with watching(again.inputs, is_noting=False):
-            seen = look(again.placed.steps, self.output, crew, lambda: loading.is_ready)
+            seen = look(
+                again.placed.steps, self.output, crew, lambda: loading is not None and loading.is_ready
+            )
         for one in seen.values():
             self.digest.take(one)
         return seen
@@ -334,17 +343,18 @@ class _Verification:
         )
 
     def _held_to(
-        self, again: _Again, manifest: Manifest | None, seen: Mapping[str, Seen], loading: TorchLoading
+        self, again: _Again, manifest: Manifest | None, seen: Mapping[str, Seen], loading: TorchLoading | None
     ) -> list[Finding]:
         """Return the findings of the checks that a merge runs on its own output, with the base's bytes as evidence."""
+        has_torch = loading is not None
         with self.clock("load"):
-            self.watch.phase("loading torch", 0)
-            loading.wait()
+            if loading is not None:
+                self.watch.phase("loading torch", 0)
+                loading.wait()
         # Nothing that is read here may be of another version than what was planned.
         with (
             self.clock("recomputed"),
-            one_torch_thread(),
-            reckoners(usable_cores()) as crew,
+            reckoners(usable_cores(), has_torch=has_torch) as crew,
             watching(again.inputs, is_noting=False),
         ):
             plan, issues = again.placed, again.misplaced

@@ -145,8 +145,23 @@ def test_findings_are_in_the_order_of_the_questions(merge, cli):
     ]
 
 
-@pytest.mark.parametrize(("level", "is_loaded"), [("structure", False), ("sample", True)])
-def test_torch_is_loaded_beside_the_rest_unless_only_the_structure_is_asked(level, is_loaded, merge):
+@pytest.mark.parametrize(
+    ("dtype", "level", "is_loaded"),
+    [
+        ("float32", "structure", False),
+        ("float32", "sample", True),
+        pytest.param(
+            "bfloat16",
+            "sample",
+            False,
+            marks=pytest.mark.skipif(library() is None, reason="the compiled loops are not built here"),
+        ),
+    ],
+)
+def test_torch_is_loaded_beside_the_rest_where_it_is_needed(dtype, level, is_loaded, merge, cli):
+    base, adapter, out = merge
+    done = cli("--base", base, "--adapter", adapter, "--out", out, "--overwrite", "--dtype", dtype)
+    assert done.exit_code == 0, done.output
     script = (
         "import sys, threading\n"
         "from lora_merge.runtime import libtorch\n"
@@ -154,7 +169,7 @@ def test_torch_is_loaded_beside_the_rest_unless_only_the_structure_is_asked(leve
         "verify(sys.argv[1:], standalone_mode=False)\n"
         "print(bool(libtorch._loading), bool(libtorch._paths()), 'torch' in sys.modules, file=sys.stderr)"
     )
-    command = [sys.executable, "-c", script, str(merge[2]), "--level", level]
+    command = [sys.executable, "-c", script, str(out), "--level", level]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     is_begun, can_be_begun, is_imported = (word == "True" for word in said.split()[-3:])
     assert is_imported == is_loaded

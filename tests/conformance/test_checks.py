@@ -661,6 +661,6 @@ def test_an_interrupt_of_a_verification_is_not_kept_waiting_for_the_rest(
         return compare(*arguments)
 
     monkeypatch.setattr(recomputing._Compared, "_compare", struck)
-    with pytest.raises(KeyboardInterrupt):
-        verify(evidence.plan, evidence.root, evidence.records, "full", n_threads=n_threads)
+    with pytest.raises(KeyboardInterrupt), reckoners(n_threads) as crew:
+        verify(evidence.plan, evidence.root, evidence.records, "full", crew=crew)
     assert 1 <= len(begun) <= 2 * n_threads < len(steps_of(evidence, Merge)) / 2

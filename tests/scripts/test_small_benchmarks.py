@@ -8,6 +8,7 @@ import pytest
 from benchmarks import machines, parallel_copy, startup
 from click.testing import CliRunner
 
+from lora_merge.native.library import library
 from tests.scripts.test_bench import bench  # noqa: F401 - a fixture
 
 QUICK = ("--settle", "0", "--rounds", "1", "--size", "0.005")
@@ -35,7 +36,7 @@ def test_help_and_version_import_nothing_heavy(words):
 
 def test_a_merge_plans_before_torch_and_imports_no_library_that_it_does_not_use(pico, pico_adapter, tmp_path):
     base = pico()
-    places = ("--base", base, "--adapter", pico_adapter(base), "--out", tmp_path / "out")
+    places = ("--base", base, "--adapter", pico_adapter(base, use_dora=True), "--out", tmp_path / "out")
     found = startup.started(*map(str, places), "--quiet")
     assert not NEVER & set(found.heavy)
     # Torch is loaded while the copies run, so everything that plans comes before it.
@@ -43,6 +44,15 @@ def test_a_merge_plans_before_torch_and_imports_no_library_that_it_does_not_use(
     assert torch is not None
     assert found.modules.index("lora_merge.merging.writing") < torch
     assert found.modules.index("lora_merge.planning") < torch
+
+
+@pytest.mark.skipif(library() is None, reason="the compiled loops are not built here")
+def test_a_merge_of_a_plain_lora_imports_little(pico, pico_adapter, tmp_path):
+    base = pico("llama", "bfloat16", "40KB")
+    places = ("--base", base, "--adapter", pico_adapter(base), "--out", tmp_path / "out")
+    found = startup.started(*map(str, places), "--quiet")
+    assert not set(found.heavy) - {"numpy", "rich", "yaml"}
+    assert len(found.modules) < 1000
 
 
 def test_a_parallel_copy_has_the_bytes(tmp_path, monkeypatch):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import lora_merge
 from lora_merge.deltas.algebra import Product
-from lora_merge.merging.worker.adding import _RANKS, add, is_as_torch
+from lora_merge.merging.worker.adding import _RANKS, add
 from lora_merge.native import library as native
 from lora_merge.native.library import hidden, library
 
@@ -28,12 +30,13 @@ def wanted(base, left, right, scale):
     return values.to(torch.bfloat16)
 
 
+@pytest.mark.skipif(
+    not torch.backends.mkl.is_available(), reason="another matrix library may sum in another order"
+)
 @pytest.mark.parametrize("scale", [1.0, 2.0, 0.37, -1.7])
-@pytest.mark.parametrize("rank", [2, 3, 8, 16, 17, 32, 48])
+@pytest.mark.parametrize("rank", [2, 3, 8, 16, 17, 32, 48, 64, 99, 128])
 @pytest.mark.parametrize(("rows", "columns"), [(128, 1024), (100, 4096), (65, 14336), (257, 333)])
 def test_the_bits_are_those_of_torch(rows, columns, rank, scale):
-    if not is_as_torch(rank, scale):
-        pytest.skip("torch's matrix library sums in another order here")
     base, left, right = drawn(rows, columns, rank)
     out = torch.empty_like(base)
     assert add(base, out, Product(left, right, scale))
@@ -116,7 +119,9 @@ def test_a_merge_has_the_same_bytes_without_compiled_code(plain, alpha, tmp_path
         expected = lora_merge.merge(out=str(tmp_path / "other"), **merge)
     # One tile of each tensor is compared with what was wanted.
     assert len(report.survival) == 3
-    assert report.survival == expected.survival
+    assert report.survival.keys() == expected.survival.keys()
+    for name, found in report.survival.items():
+        assert astuple(found) == pytest.approx(astuple(expected.survival[name]), rel=1e-5)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

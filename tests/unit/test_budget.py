@@ -21,7 +21,8 @@ from lora_merge.merging.budget import (
     peak_together,
 )
 from lora_merge.merging.estimate import occupied_workers
-from lora_merge.merging.peak import RUNTIME_BYTES, peak_bytes
+from lora_merge.merging.peak import PLAIN_RUNTIME_BYTES, RUNTIME_BYTES, peak_bytes, runtime_bytes
+from lora_merge.native.library import hidden, library
 from tests.steps import dense_merge, step_at
 
 MB = 1 << 20
@@ -53,7 +54,10 @@ def test_threads_on_a_cpu_may_have_every_core_and_begin_with_a_few():
     found = allot(PLAN, None, 64, None)
     assert (found.n_workers, found.n_first) == (64, max(FIRST_WORKERS, occupied_workers(PLAN)))
     # What is asked for, and what is not measured, begins with all of them.
-    assert allot(PLAN, 20, 2, None) == Budget(20, TILE_ELEMENTS, peak_bytes(PLAN, 20), 0, is_asked=True)
+    asked = Budget(
+        20, TILE_ELEMENTS, peak_bytes(PLAN, 20), 0, is_asked=True, runtime_bytes=runtime_bytes(PLAN)
+    )
+    assert allot(PLAN, 20, 2, None) == asked
     for options in ({"in_processes": True}, {"on_gpu": True}, {"whole_files": [1] * 50}):
         others = allot(PLAN, None, 64, None, **options)
         assert (others.n_workers, others.n_first) == (MOST_WORKERS, 0)
@@ -132,8 +136,26 @@ def test_a_plan_of_copies_needs_little():
     assert peak_bytes(plan_of(step_at(ref, Copy(ref))), 2) < RUNTIME_BYTES + 8 * MB
 
 
+@pytest.mark.skipif(library() is None, reason="the compiled loops are not built here")
+def test_torch_counts_where_it_is_needed():
+    ref = TensorRef("w", "BF16", (4096, 4096), "file", 0, 1 << 25)
+    sides = {"A": (4, 4096), "B": (4096, 4)}
+    factors = {role: TensorRef(role, "F32", shape, "file", 0, 1 << 16) for role, shape in sides.items()}
+    delta = Delta("w", LowRankFacts(), factors).placed("w")
+    plan = plan_of(step_at(ref, dense_merge(ref, (delta,), View.of(ref.shape))))
+    alone = peak_bytes(plan, 2)
+    assert runtime_bytes(plan) == PLAIN_RUNTIME_BYTES
+    assert allot(plan, 2, 2, None).peak_bytes == alone
+    for needed in (peak_bytes(plan, 2, on_gpu=True), peak_bytes(plan_of(*plan.steps, *PLAN.steps), 1)):
+        assert needed > alone + (RUNTIME_BYTES - PLAIN_RUNTIME_BYTES) / 2
+    with hidden():
+        assert peak_bytes(plan, 2) == alone + RUNTIME_BYTES - PLAIN_RUNTIME_BYTES
+
+
 def test_merges_in_one_pass_take_what_each_takes_and_what_the_process_takes_once():
     one, other = (Budget(2, TILE_ELEMENTS, RUNTIME_BYTES + n * MB) for n in (30, 50))
 
     assert peak_together([one]) == one.peak_bytes
     assert peak_together([one, other]) == RUNTIME_BYTES + 80 * MB
+    plain = Budget(2, TILE_ELEMENTS, PLAIN_RUNTIME_BYTES + 20 * MB, runtime_bytes=PLAIN_RUNTIME_BYTES)
+    assert peak_together([plain, one]) == RUNTIME_BYTES + 50 * MB

@@ -113,7 +113,7 @@ finally:
 @pytest.mark.skipif(sys.platform != "linux" or not libtorch._paths(), reason="another build of torch")
 def test_meanwhile_no_module_waits_for_the_dynamic_linker(pico, pico_adapter, tmp_path):
     base = pico("llama", "bfloat16", "40KB")
-    command = ["--base", base, "--adapter", pico_adapter(base), "--out", tmp_path / "out"]
+    command = ["--base", base, "--adapter", pico_adapter(base, use_dora=True), "--out", tmp_path / "out"]
     found = subprocess.run(
         [sys.executable, "-c", WATCHED, *map(str, command)], check=True, capture_output=True, text=True
     )

@@ -1,6 +1,6 @@
 """One step → bytes: read, decode, apply, encode, fill. It knows neither the schedule nor the destination.
 
-`merger` is the loop over the tiles of a tensor; `workbench` has the buffers that a tile passes through, on the CPU
+`merger` is the loop over the tiles of a tensor; `plain` says which weights it merges without torch; `workbench` has the buffers that a tile passes through, on the CPU
 or on a GPU; `changing` applies the deltas; `sample` sees what the stored dtype keeps of them; `copying` moves what
 no delta touches; `devices` sets torch up, and `stopwatch` knows where the time went. `specs` has what workers
 are made from, and the workers that executors run; those of `file_work` make whole files.
@@ -15,13 +15,12 @@ from lora_merge.merging.worker.devices import (
 )
 from lora_merge.merging.worker.file_work import FilePiece, FileSpec
 from lora_merge.merging.worker.merger import Merger, Order, alike
+from lora_merge.merging.worker.plain import is_plain, needs_torch
 from lora_merge.merging.worker.sample import SAMPLE_ELEMENTS
-from lora_merge.merging.worker.specs import BeginSpec, BegunPiece, CopySpec, MergeSpec, can_be_begun
+from lora_merge.merging.worker.specs import CopySpec, MergeSpec, parted
 
 __all__ = [
     "SAMPLE_ELEMENTS",
-    "BeginSpec",
-    "BegunPiece",
     "CopySpec",
     "FilePiece",
     "FileSpec",
@@ -31,8 +30,10 @@ __all__ = [
     "Order",
     "TorchLoading",
     "alike",
-    "can_be_begun",
     "copy",
+    "is_plain",
+    "needs_torch",
+    "parted",
     "pick_device",
     "short_switch_interval",
 ]

@@ -73,6 +73,9 @@ class FileSpec:
     copies: bool = False
     """Ask the store to copy runs that no delta touches (`FileSink.copy`)."""
 
+    has_torch: bool = True
+    """False where nothing needs it, unless a value is not finite (`lora_merge.merging.worker.plain`)."""
+
     lock: str = ""
     """A file that each machine with a worker has to see, since the driver has made it where the output goes; empty for none."""
 
@@ -88,7 +91,7 @@ class FileSpec:
             hint = "write to a filesystem that every node has at the same path, or to a store"
             raise WriteError(sentence, hint=hint)
         factors = Factors(load)
-        with one_torch_thread():
+        with one_torch_thread() if self.has_torch else contextlib.nullcontext():
             yield [FileWorker(self, factors) for _ in range(n)]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from lora_merge.codecs import CODECS, ENCODERS
 from lora_merge.core.tensor import TensorRecord
 from lora_merge.core.weight import WEIGHT, PartRange
+from lora_merge.merging.worker.adding import compare_added
 from lora_merge.merging.worker.changing import Working, change
 from lora_merge.merging.worker.workbench import Parts
 from lora_merge.storage.digests import digest_text, new_digest
@@ -87,27 +88,28 @@ class Filling:
         more = {role: PartRange(slot.dtype, slot.shape, ((0, slot.nbytes),)) for role, slot in slots}
         return Parts(found.storage, {**found.ranges, **more})
 
-    def is_added(self, n: int, frame: Frame, changers: Sequence[tuple[PlacedDelta, Changer]]) -> bool:
-        """Add the change to a tile as it was read, at once, if it is a plain product. Return whether it is encoded."""
+    def is_added(
+        self, n: int, frame: Frame, stored: torch.Tensor, changers: Sequence[tuple[PlacedDelta, Changer]]
+    ) -> bool:
+        """Add the change to a tile as it was read, at once, if it is a plain product. Return whether it is encoded.
+
+        Args:
+            n: its number.
+            frame: that it is encoded in.
+            stored: the tile as it was read.
+            changers: of its rows.
+        """
         if not self.can_add or not self.choosing.is_plain:
             return False
         tile = self.tiles[n]
         ((_, changer),) = changers
         product = changer.product(tile.start, tile.end)
-        if product is None or not frame.add(product):
+        stored = stored.view(frame.values.shape)
+        if product is None or not frame.add(stored, product):
             return False
         if self.sample.has(n):
-            self.compare(n, frame, changers)
+            compare_added(self.sample, stored, frame.rounded[WEIGHT].view(stored.shape), product)
         return True
-
-    def compare(self, n: int, frame: Frame, changers: Sequence[tuple[PlacedDelta, Changer]]) -> None:
-        """Compare the first rows of a tile that is encoded already. Their values before rounding are computed for that."""
-        tile, n_rows = self.tiles[n], self.sample.n_multiplied(*frame.values.shape)
-        values = frame.values[:n_rows]
-        values.copy_(frame.stored[WEIGHT].view(frame.values.shape)[:n_rows])
-        self.sample.before(n, frame)
-        change(values, tile.start, tile.start + n_rows, self.op, list(changers))
-        self.sample.after(n, frame, tile, frame.stored)
 
     def encode(
         self, frame: Frame, tile: Tile, stored: Mapping[str, torch.Tensor], changers: Sequence[Changer]
@@ -224,7 +226,8 @@ class Loop:
         if output.passing is not None:
             output.passing.before(n, shared or frame)
             watch.lap("check")
-        if shared is None and output.is_added(n, frame, changers):
+        # Of several outputs too: the bits of one do not depend on what else is made.
+        if output.is_added(n, frame, (shared or frame).stored[WEIGHT], changers):
             watch.lap("change")
         else:
             self._change(output, n, frame, tile, shared, changers)

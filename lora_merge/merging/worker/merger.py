@@ -17,15 +17,15 @@ from lora_merge.merging.worker.adding import can_add
 from lora_merge.merging.worker.changing import Working, change
 from lora_merge.merging.worker.choosing import Choosing
 from lora_merge.merging.worker.copying import copy
-from lora_merge.merging.worker.early import Begun, HostFrames, Rows
-from lora_merge.merging.worker.early import Factors as EarlyFactors
 from lora_merge.merging.worker.filling import Chosen, Filled, Filling, Loop, written_parts
 from lora_merge.merging.worker.passing import Passing
+from lora_merge.merging.worker.plain import Addend, HostFrames, is_plain
 from lora_merge.merging.worker.sample import Sample
 from lora_merge.merging.worker.stopwatch import Stopwatch
 from lora_merge.merging.worker.workbench import Parts, Workbench
 from lora_merge.rounding.bands import Memory
 from lora_merge.runtime.shortage import translate_out_of_memory
+from lora_merge.runtime.torch_threads import one_torch_thread
 from lora_merge.storage.copy_runs import CopyRun
 from lora_merge.storage.destination import Sink
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import Rounding, Step  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.core.tensor import Survival, TensorRecord
     from lora_merge.deltas.algebra import Changer
+    from lora_merge.merging.worker.plain import HostFrame
     from lora_merge.merging.worker.workbench import Frame
 
 
@@ -132,39 +133,14 @@ class Merger:
             OutOfMemoryError: memory ran out.
         """
         with translate_out_of_memory(f"merging {orders[0].step.name}"):
-            return self._merge(orders)
-
-    def begin(self, order: Order) -> Begun | None:
-        """Write a weight without torch (`lora_merge.merging.worker.early`); None where a value is not finite.
-
-        Args:
-            order: of a merge that can be begun (`can_begin`).
-
-        Raises:
-            CheckpointError: a source cannot be read.
-            WriteError: the disk is full or cannot be written.
-            OutOfMemoryError: memory ran out.
-        """
-        with translate_out_of_memory(f"merging {order.step.name}"):
-            return self._begin(order)
-
-    def finish(self, begun: Begun) -> tuple[TensorRecord, ...] | None:
-        """Return the records of a weight that was begun; None where torch writes other bits, and it has to be merged again.
-
-        Raises:
-            CheckpointError: a factor cannot be read.
-            OutOfMemoryError: memory ran out.
-        """
-        self._watch.start()
-        bench = self._workbench("comparing", Workbench)
-        if not begun.is_as_torch():
-            return None
-        with translate_out_of_memory(f"merging {begun.output.step.name}"):
-            begun.compare(bench, self._working(begun.output.op))
-            self._watch.lap("change")
-            found = begun.output.records(begun.digests)
-            self._watch.lap("check")
-        return found
+            if self._device != "cpu" or not all(is_plain(order.op) for order in orders):
+                return self._merge(orders)
+            found = self._merge_plain(orders)
+            if found is not None:
+                return found
+            # Torch may not have been needed so far.
+            with one_torch_thread():
+                return self._merge(orders)
 
     def foresee(
         self, op: Merge, rows: tuple[int, int], roundings: Mapping[str, Rounding | None]
@@ -241,35 +217,44 @@ class Merger:
         watch.lap("check")
         return found
 
-    def _begin(self, order: Order) -> Begun | None:
-        watch, op = self._watch, order.op
+    def _merge_plain(self, orders: Sequence[Order]) -> list[tuple[TensorRecord, ...]] | None:
+        """Merge without torch (`lora_merge.merging.worker.plain`); return None where a value is not finite."""
+        watch, op = self._watch, orders[0].op
         watch.start()
-        tiles, rows, columns = self._tiles(op), None, op.view.columns
+        tiles, columns = self._tiles(op), op.view.columns
         with contextlib.ExitStack() as stack:
             reader = stack.enter_context(WeightReader(op.source, op.view.n_rows))
-            output = self._output(0, order, tiles, stack)
-            factors = EarlyFactors(op.deltas[0])
+            outputs = [self._output(n, order, tiles, stack) for n, order in enumerate(orders)]
+            addends = [Addend(order.op.deltas[0]) for order in orders]
             watch.lap("prepare")
             for n, (start, end) in enumerate(tiles):
                 tile, frame = reader.tile(start, end), self._host.frame(end - start, columns)
                 read = Parts(op.source.storage, reader.ranges(tile))
                 reader.read_into(frame.raw, read.ranges)
                 watch.lap("read")
-                if output.passing is not None:
-                    output.passing.before(n, frame)
+                for output, addend in zip(outputs, addends, strict=True):
+                    if not self._is_added(output, n, frame, addend):
+                        return None
+                    output.take(n, frame, output.parts(tile, read))
                     watch.lap("check")
-                if not factors.add(frame, start, end):
-                    return None
-                if output.sample.has(n):
-                    rows = Rows.of(n, frame, output.sample.n_compared(end - start, columns))
-                watch.lap("change")
-                output.take(n, frame, output.parts(tile, read))
-                watch.lap("check")
             digests = reader.digests()
-        if output.passing is not None:
-            output.passing.rest()
         watch.lap("write")
-        return Begun(output, digests, factors.rank, factors.scale, rows)
+        found = [output.records(digests) for output in outputs]
+        watch.lap("check")
+        return found
+
+    def _is_added(self, output: Filling, n: int, frame: HostFrame, addend: Addend) -> bool:
+        """Add the change of one output to a tile; return False where a value is not finite."""
+        tile = output.tiles[n]
+        if output.passing is not None:
+            output.passing.before(n, frame)
+            self._watch.lap("check")
+        if not addend.add(frame, tile.start, tile.end):
+            return False
+        if output.sample.has(n):
+            addend.compare(output.sample, frame, tile.start)
+        self._watch.lap("change")
+        return True
 
     def _tiles(self, op: Merge) -> list[tuple[int, int]]:
         """Return the row ranges of a weight that are not empty."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.codecs import CODECS
 from lora_merge.codecs.beginning import beginning_of
@@ -10,8 +10,9 @@ from lora_merge.core.tensor import Survival
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+    import numpy as np
     import torch
 
     from lora_merge.codecs.grid import Grid
@@ -19,11 +20,10 @@ if TYPE_CHECKING:
     from lora_merge.core.weight import Tile
     from lora_merge.merging.worker.workbench import Frame
 
+    Numbers = np.ndarray[Any, np.dtype[np.float32]]
+
 SAMPLE_ELEMENTS = 1 << 14
 """At most so many elements of each merged tensor are compared."""
-
-_MULTIPLIED = 64
-"""Rows that are multiplied at least: for a few of them a matrix library may sum in another order."""
 
 
 class Sample:
@@ -44,7 +44,7 @@ class Sample:
         self._tile = n_tiles // 2 if any(not delta.facts.replaces_rows for delta in op.deltas) else -1
         self._saturated: torch.Tensor | None = None
         self._before: torch.Tensor | None = None
-        self._found: torch.Tensor | None = None
+        self._found: Callable[[], list[float]] | None = None
 
     def has(self, tile: int) -> bool:
         """Return whether it is the tile whose rows are compared."""
@@ -53,10 +53,6 @@ class Sample:
     def n_compared(self, rows: int, columns: int) -> int:
         """Return how many rows are compared of a tile with so many rows and columns, the first ones."""
         return max(1, min(rows, self._elements // max(columns, 1)))
-
-    def n_multiplied(self, rows: int, columns: int) -> int:
-        """Return how many of them have to be changed for the comparison."""
-        return min(rows, max(self.n_compared(rows, columns), _MULTIPLIED))
 
     def before(self, tile: int, frame: Frame) -> None:
         """Keep the rows of a tile, if it is the middle one."""
@@ -102,7 +98,28 @@ class Sample:
                 (kept * wanted).sum(),
                 saturated,
             ]
-        )
+        ).tolist
+
+    def see(self, before: Numbers, wanted: Numbers, stored: Numbers) -> None:
+        """Take in the rows of the middle tile where torch is not loaded.
+
+        Args:
+            before: float32 ``[rows, columns]``; wanted: after the change; stored: as they are written.
+        """
+        import numpy as np
+
+        # What is too large becomes infinite, as with torch.
+        with np.errstate(all="ignore"):
+            change, kept = wanted - before, stored - before
+            touched = change != 0
+            found = [
+                *(float(np.linalg.norm(part)) for part in (before, change, kept - change)),
+                float(touched.sum()),
+                float(((kept == 0) & touched).sum()),
+                float((kept * change).sum()),
+                0.0,
+            ]
+        self._found = lambda: found
 
     def survival(self, effect: tuple[float, float]) -> Survival | None:
         """Return the norms of weight, delta and rounding error in these rows, and the share of values that did not
@@ -113,7 +130,7 @@ class Sample:
         """
         if self._found is None:
             return None
-        weight, delta, error, n_touched, n_lost, product, saturated = self._found.tolist()
+        weight, delta, error, n_touched, n_lost, product, saturated = self._found()
         return Survival(
             weight,
             delta,

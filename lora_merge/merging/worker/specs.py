@@ -7,19 +7,16 @@ made from can be sent to another process.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_merge.core.identity import Inputs, Place
-from lora_merge.core.plan import Merge
-from lora_merge.core.work import Done, Piece
+from lora_merge.core.identity import Inputs
+from lora_merge.core.work import Done
 from lora_merge.deltas import Factors
 from lora_merge.formats.safetensors import load
 from lora_merge.merging.worker.copying import copy
-from lora_merge.merging.worker.early import Begun, can_begin
 from lora_merge.merging.worker.merger import Merger, Order
+from lora_merge.merging.worker.plain import needs_torch
 from lora_merge.merging.worker.stopwatch import Stopwatch
 from lora_merge.runtime.torch_threads import one_torch_thread
 from lora_merge.storage.copy_runs import CopyRun
@@ -27,7 +24,9 @@ from lora_merge.storage.destination import Sink
 from lora_merge.storage.input_files import Watch, told
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from lora_merge.core.work import Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +47,8 @@ class CopySpec:
 
 @dataclass(frozen=True, slots=True)
 class MergeSpec:
-    """Makes workers that merge. Those of one process share stacks of factors, and torch has one thread for each while
-    they last.
+    """Makes workers that merge. Those of one process share stacks of factors, and torch, where it is needed, has one thread for each
+    while they last.
     """
 
     sinks: tuple[Sink, ...]
@@ -67,64 +66,23 @@ class MergeSpec:
     is_checked: bool = True
     """Look at part of every row as it passes, for the verification that follows."""
 
+    has_torch: bool = True
+    """False where nothing needs it, unless a value is not finite (`lora_merge.merging.worker.plain`)."""
+
     @contextlib.contextmanager
     def make(self, n: int) -> Iterator[list[MergeWorker]]:
         """Yield n workers for the threads of one process; on leaving, torch has its threads again."""
         factors = Factors(load)
-        with one_torch_thread():
+        with one_torch_thread() if self.has_torch else contextlib.nullcontext():
             yield [MergeWorker(self, factors) for _ in range(n)]
 
 
-@dataclass(frozen=True, slots=True)
-class BeginSpec:
-    """Makes workers that begin merges while torch is loaded, in threads of this process."""
-
-    sinks: tuple[Sink, ...]
-    """Where each output's bytes go, by its number."""
-
-    inputs: Inputs
-    """The files that may be read, as they were when the merge was planned."""
-
-    is_over: Callable[[], bool]
-    """Returns True once torch is there: what is not begun then is left to those who need it."""
-
-    tile_elements: int | None = None
-    """Of a row tile; None: what suits the CPU's cache."""
-
-    is_checked: bool = True
-    """Look at part of every row as it passes, for the verification that follows."""
-
-    @contextlib.contextmanager
-    def make(self, n: int) -> Iterator[list[BeginWorker]]:
-        """Yield n workers."""
-        factors = Factors(load)
-        yield [BeginWorker(self, factors) for _ in range(n)]
-
-
-@dataclass(frozen=True, slots=True)
-class BegunPiece:
-    """A piece that was begun, and is to be finished."""
-
-    piece: Piece
-    begun: Begun
-    busy: Mapping[str, float]
-    """Seconds that it took so far, by stage."""
-
-    readings: Mapping[Place, str]
-    """The digest of each place that was read for it."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it writes."""
-        return self.piece.nbytes
-
-
-def can_be_begun(piece: Piece) -> bool:
-    """Return whether a piece of one output can be begun without torch."""
-    if len(piece.wanted) != 1:
-        return False
-    ((_, steps),) = piece.wanted
-    return len(steps) == 1 and isinstance(steps[0].op, Merge) and can_begin(steps[0].op)
+def parted(pieces: Sequence[Piece]) -> tuple[list[Piece], list[Piece]]:
+    """Return the merges that need nothing of torch, and the others."""
+    found: tuple[list[Piece], list[Piece]] = [], []
+    for piece in pieces:
+        found[needs_torch(step for _, steps in piece.wanted for step in steps)].append(piece)
+    return found
 
 
 class CopyWorker:
@@ -153,34 +111,6 @@ class CopyWorker:
         return Done(tuple(found), self._time.taken(), self._watch.taken())
 
 
-class BeginWorker:
-    """Begins merges that need nothing of torch."""
-
-    def __init__(self, spec: BeginSpec, factors: Factors) -> None:
-        self._spec, self._time = spec, Stopwatch()
-        self._merger = Merger(
-            spec.sinks[0], "cpu", spec.tile_elements, self._time, factors, is_checked=spec.is_checked
-        )
-        self._watch = Watch(Inputs(spec.inputs.files), is_closed=True)
-
-    def __call__(self, piece: Piece) -> BegunPiece | None:
-        """Write the weight of a piece; None where it is left alone.
-
-        Raises:
-            CheckpointError: a source cannot be read, or has changed.
-            WriteError: the disk is full or cannot be written.
-            OutOfMemoryError: memory ran out.
-        """
-        if self._spec.is_over():
-            return None
-        ((number, (step,)),) = piece.wanted
-        with told(self._watch):
-            begun = self._merger.begin(Order(step, self._spec.sinks[number]))
-        if begun is None:
-            return None
-        return BegunPiece(piece, begun, self._time.taken(), self._watch.taken())
-
-
 class MergeWorker:
     """Merges one stored weight for every output that wants it; it is read once."""
 
@@ -192,29 +122,14 @@ class MergeWorker:
         )
         self._watch = Watch(Inputs(spec.inputs.files), is_closed=True)
 
-    def __call__(self, piece: Piece | BegunPiece) -> Done:
-        """Merge one weight into every output that wants it, or finish what was begun.
+    def __call__(self, piece: Piece) -> Done:
+        """Merge one weight into every output that wants it.
 
         Raises:
             CheckpointError: a source cannot be read, or has changed.
             WriteError: the disk is full or cannot be written.
             OutOfMemoryError: memory ran out.
         """
-        return self._finished(piece) if isinstance(piece, BegunPiece) else self._merged(piece)
-
-    def _finished(self, piece: BegunPiece) -> Done:
-        with told(self._watch):
-            records = self._merger.finish(piece.begun)
-        if records is None:
-            return self._merged(piece.piece)
-        ((number, _),) = piece.piece.wanted
-        busy = Counter(piece.busy)
-        busy.update(self._time.taken())
-        return Done(
-            tuple((number, record) for record in records), busy, {**piece.readings, **self._watch.taken()}
-        )
-
-    def _merged(self, piece: Piece) -> Done:
         orders = [Order(step, self._sinks[number]) for number, (step,) in piece.wanted]
         with told(self._watch):
             merged = self._merger.together(orders)

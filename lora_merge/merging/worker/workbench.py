@@ -99,11 +99,11 @@ class Frame:
         """Decode `stored` into `values`."""
         codec.decode(tile, self.stored, self.values, self._source)
 
-    def add(self, product: Product) -> bool:
-        """Write `stored` with a product added into `rounded`, if compiled code can. Return whether that is done."""
-        if not add(
-            self.stored[WEIGHT].view(self.values.shape), self.rounded[WEIGHT].view(self.values.shape), product
-        ):
+    def add(self, stored: torch.Tensor, product: Product) -> bool:
+        """Write a tile as it was read, ``[rows, cols]``, with a product added into `rounded`, if compiled code can. Return whether that
+        is done.
+        """
+        if not add(stored, self.rounded[WEIGHT].view(self.values.shape), product):
             return False
         # All of it is finite, or it was not done.
         for total in self._totals:
@@ -203,9 +203,9 @@ class CudaFrame(Frame):
 
         return torch.empty((), dtype=part.dtype, pin_memory=True)
 
-    def add(self, product: Product) -> bool:
+    def add(self, stored: torch.Tensor, product: Product) -> bool:
         """Return False: compiled code is for the CPU."""
-        del product
+        del stored, product
         return False
 
     def decode(self, codec: Codec, tile: Tile) -> None:

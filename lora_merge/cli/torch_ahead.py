@@ -1,0 +1,76 @@
+"""Whether a command will need torch, guessed before its imports: then torch's library is loaded beside them.
+
+A wrong guess costs a quarter of a second. Most merges are of one LoRA into a bfloat16 base, and need none.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.native.library import library
+from lora_merge.runtime.libtorch import load_beside
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_ARITHMETIC = ("dtype", "out_storage", "quantize", "rounding")
+"""Options for which the compiled loops are not enough, whatever they say."""
+
+_MOST_BYTES = 1 << 20
+"""Of a configuration that is read for a guess."""
+
+_PLAIN_DTYPES = frozenset({"bfloat16", None})
+
+
+def load_for_merge(flags: Mapping[str, Any]) -> None:
+    """Begin to load torch's library, if a merge with these options needs it."""
+    adapters = flags.get("adapter") or ()
+    if (
+        library() is None
+        or len(adapters) > 1
+        or any(flags.get(name) for name in _ARITHMETIC)
+        or flags.get("device") not in {None, "auto", "cpu"}
+        or not _is_plain_base(_read(flags.get("base"), "config.json"))
+        or any(not _is_plain_adapter(_read(text, "adapter_config.json")) for text in adapters)
+    ):
+        load_beside()
+
+
+def load_for_verify(flags: Mapping[str, Any]) -> None:
+    """Begin to load torch's library, if the verification of an output needs it."""
+    if flags["level"] == "structure":
+        return
+    if (
+        library() is None
+        or flags["forward"]
+        or flags["engine"]
+        or not _is_plain_base(_read(flags["out"], "config.json"))
+    ):
+        load_beside()
+
+
+def _is_plain_base(config: Mapping[str, Any]) -> bool:
+    text = config.get("text_config")
+    levels = [config, text if isinstance(text, dict) else {}]
+    return "quantization_config" not in config and all(
+        level.get(key) in _PLAIN_DTYPES for level in levels for key in ("dtype", "torch_dtype")
+    )
+
+
+def _is_plain_adapter(config: Mapping[str, Any]) -> bool:
+    if not config:
+        return True
+    return config.get("peft_type", "LORA") == "LORA" and not config.get("use_dora")
+
+
+def _read(place: object, name: str) -> dict[str, Any]:
+    """Return a configuration in a local directory; an empty one where there is none that can be read."""
+    path = Path(str(place or ""), name)
+    try:
+        is_there = place and path.is_file() and path.stat().st_size <= _MOST_BYTES
+        found = json.loads(path.read_bytes()) if is_there else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

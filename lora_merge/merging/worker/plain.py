@@ -1,0 +1,147 @@
+"""Weights that compiled code merges alone, without torch: one LoRA on a bfloat16 weight, each value rounded to the nearest number.
+
+It is the most frequent merge, and loading torch takes longer than most of its files. Where torch is needed for other weights, these are
+merged while it is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.checks.expecting import is_plain_product
+from lora_merge.core.plan import Merge
+from lora_merge.core.weight import WEIGHT
+from lora_merge.deltas.low_rank import summing
+from lora_merge.formats.safetensors import load_numbers
+from lora_merge.merging.worker.adding import can_add, compare, may_add
+from lora_merge.native.library import Product, library
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy as np
+
+    from lora_merge.core.adapter import PlacedDelta
+    from lora_merge.core.plan import Step
+    from lora_merge.merging.worker.sample import Sample
+
+    Numbers = np.ndarray[Any, np.dtype[np.float32]]
+    Halves = np.ndarray[Any, np.dtype[np.uint16]]
+
+
+def needs_torch(steps: Iterable[Step]) -> bool:
+    """Return whether torch is needed to carry out some steps on the CPU, or to verify them."""
+    return any(isinstance(step.op, Merge) and not is_plain(step.op) for step in steps)
+
+
+def is_plain(op: Merge) -> bool:
+    """Return whether compiled code alone can write what a merge makes."""
+    return (
+        can_add(op)
+        and op.rounding is None
+        and op.reach == "rows"
+        and not (op.fills_across or op.surveyed)
+        and op.view.columns % 2 == 0  # else torch projects its rows
+        and _is_added(op.deltas[0])
+    )
+
+
+def _is_added(delta: PlacedDelta) -> bool:
+    """Return whether compiled code adds the product of a delta, in one pass."""
+    if not is_plain_product(delta):
+        return False
+    a, b = delta.factors["A"], delta.factors["B"]
+    return may_add(a.shape[0]) and summing(delta, a.shape[0], (b.shape[0], a.shape[1])).is_product
+
+
+class HostFrame:
+    """A tile in the buffers of one worker, where torch is not loaded: bfloat16 that is read, and that is written.
+
+    Args:
+        base: ``[rows, columns]``, 16 bits each; out: the same.
+    """
+
+    def __init__(self, base: Halves, out: Halves) -> None:
+        self.base, self.out = base, out
+        self.raw = {WEIGHT: base.data.cast("B")}
+        self.encoded = {WEIGHT: out.data.cast("B")}
+
+    def wait(self) -> None:
+        """Return at once: `encoded` is complete."""
+
+    def is_finite(self) -> bool:
+        """Return True: what is not finite is not written (`Addend.add`)."""
+        return True
+
+
+class HostFrames:
+    """The buffers of one worker, as large as its largest tile so far, and the frames that are views of them."""
+
+    def __init__(self) -> None:
+        self._buffers: tuple[Halves, Halves] | None = None
+        self._frames: dict[tuple[int, int], HostFrame] = {}
+
+    def frame(self, rows: int, columns: int) -> HostFrame:
+        """Return the frame for a tile of a shape; it is made once and kept."""
+        import numpy as np
+
+        found = self._frames.get((rows, columns))
+        if found is None:
+            n = rows * columns
+            if self._buffers is None or len(self._buffers[0]) < n:
+                self._frames.clear()
+                self._buffers = np.empty(n, np.uint16), np.empty(n, np.uint16)
+            found = HostFrame(*(buffer[:n].reshape(rows, columns) for buffer in self._buffers))
+            self._frames[rows, columns] = found
+        return found
+
+
+class Addend:
+    """What is added to the rows of one weight: s · B A.
+
+    Raises:
+        CheckpointError: a factor cannot be read.
+    """
+
+    def __init__(self, delta: PlacedDelta) -> None:
+        import numpy as np
+
+        right, left = (load_numbers(delta.factors[role]) for role in ("A", "B"))
+        is_fused = summing(delta, len(right), (len(left), right.shape[1])).is_fused
+        with np.errstate(all="ignore"):  # what is infinite is seen when it is added
+            self._left: Numbers = left * np.float32(delta.scale) if is_fused else left
+        self._right: Numbers = right
+        self._scale = 1.0 if is_fused else delta.scale
+
+    def add(self, frame: HostFrame, start: int, end: int) -> bool:
+        """Write a tile with the product of its rows added. Return False where something is not finite."""
+        found, left, right = library(), self._left[start:end], self._right
+        if found is None:
+            return False
+        return found.add(
+            Product(
+                n_rows=len(left),
+                n_columns=right.shape[1],
+                base=frame.base.ctypes.data,
+                out=frame.out.ctypes.data,
+                left=left.ctypes.data,
+                left_stride=left.shape[1],
+                right=right.ctypes.data,
+                right_stride=right.shape[1],
+                rank=len(right),
+                scale=self._scale,
+            )
+        )
+
+    def compare(self, sample: Sample, frame: HostFrame, start: int) -> None:
+        """Compare the wanted change of a tile's first rows with the change that is written.
+
+        Args:
+            sample: gets what is found.
+            frame: of a tile that `add` has written.
+            start: its first row.
+        """
+        n = sample.n_compared(*frame.base.shape)
+        compare(
+            sample, frame.base[:n], frame.out[:n], self._left[start : start + n], self._right, self._scale
+        )
