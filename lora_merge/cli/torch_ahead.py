@@ -15,8 +15,14 @@ from lora_merge.runtime.libtorch import load_beside
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_ARITHMETIC = ("dtype", "out_storage", "quantize", "rounding")
-"""Options for which the compiled loops are not enough, whatever they say."""
+_PLAIN = {
+    "dtype": {"bfloat16"},
+    "out_storage": {"base", "dense"},
+    "quantize": (),
+    "rounding": {"nearest"},
+    "device": {"auto", "cpu"},
+}
+"""Option → the values with which the compiled loops may be enough."""
 
 _MOST_BYTES = 1 << 20
 """Of a configuration that is read for a guess."""
@@ -30,8 +36,7 @@ def load_for_merge(flags: Mapping[str, Any]) -> None:
     if (
         library() is None
         or len(adapters) > 1
-        or any(flags.get(name) for name in _ARITHMETIC)
-        or flags.get("device") not in {None, "auto", "cpu"}
+        or any(flags.get(name) not in {None, *values} for name, values in _PLAIN.items())
         or not _is_plain_base(_read(flags.get("base"), "config.json"))
         or any(not _is_plain_adapter(_read(text, "adapter_config.json")) for text in adapters)
     ):
