@@ -44,7 +44,8 @@ def build(root: Path) -> Large:
         for k in range(MATRICES):
             module = f"layers.{n}.proj{k}"
             modules.append(module)
-            tensors[f"{module}.weight"] = torch.randn(SIDE, SIDE, generator=generator).to(torch.bfloat16)
+            # For float16 each process loads torch, so that its files take a moment.
+            tensors[f"{module}.weight"] = torch.randn(SIDE, SIDE, generator=generator).to(torch.float16)
             places[f"{module}.weight"] = name
             for side in "AB":
                 shape = (RANK, SIDE) if side == "A" else (SIDE, RANK)
