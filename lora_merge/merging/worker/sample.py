@@ -112,11 +112,13 @@ class Sample:
         with np.errstate(all="ignore"):
             change, kept = wanted - before, stored - before
             touched = change != 0
+            # In float64, and not by a matrix library: the same on every machine, whatever its threads.
+            squares = (np.square(part, dtype=np.float64).sum() for part in (before, change, kept - change))
             found = [
-                *(float(np.linalg.norm(part)) for part in (before, change, kept - change)),
+                *(float(np.sqrt(square)) for square in squares),
                 float(touched.sum()),
                 float(((kept == 0) & touched).sum()),
-                float((kept * change).sum()),
+                float(np.multiply(kept, change, dtype=np.float64).sum()),
                 0.0,
             ]
         self._found = lambda: found
