@@ -176,7 +176,7 @@ def method_of(results: Results) -> Iterator[str]:
         f" each round. Page cache {results.cache}: {CACHE_NOTES[results.cache]}."
     )
     yield (
-        "The whole process includes start-up, most of it loading torch, and for lora-merge the flush of its output;"
+        "The whole process includes start-up, and for lora-merge verification and the flush of its output;"
         " the merge phase is copying and merging, as lora-merge times them."
     )
 
