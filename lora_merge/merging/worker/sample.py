@@ -84,19 +84,22 @@ class Sample:
 
         wanted = self._rows(frame.values) - self._before
         kept = self._stored(frame, rows, stored) - self._before
-        touched, norm = wanted != 0, torch.linalg.vector_norm
+        touched = wanted != 0
         lost = (kept == 0) & touched
         saturated = self._saturated if self._saturated is not None else wanted.new_zeros(())
+        # Squares of large numbers are beyond float32.
+        before, error, kept, wanted = (part.double() for part in (self._before, kept - wanted, kept, wanted))
+        norm = torch.linalg.vector_norm
         # On the device: reading the numbers here would wait for the GPU in the middle of the loop.
         self._found = torch.stack(
             [
-                norm(self._before),
+                norm(before),
                 norm(wanted),
-                norm(kept - wanted),
-                touched.sum().float(),
-                lost.sum().float(),
+                norm(error),
+                touched.sum().double(),
+                lost.sum().double(),
                 (kept * wanted).sum(),
-                saturated,
+                saturated.double(),
             ]
         ).tolist
 
@@ -112,7 +115,7 @@ class Sample:
         with np.errstate(all="ignore"):
             change, kept = wanted - before, stored - before
             touched = change != 0
-            # In float64, and not by a matrix library: the same on every machine, whatever its threads.
+            # Not by a matrix library: the same on every machine, whatever its threads.
             squares = (np.square(part, dtype=np.float64).sum() for part in (before, change, kept - change))
             found = [
                 *(float(np.sqrt(square)) for square in squares),
