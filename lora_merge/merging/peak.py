@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from heapq import nlargest
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,11 @@ PEFT_BYTES = 140 << 20
 
 def runtime_bytes(plan: MergePlan, *, on_gpu: bool = False) -> int:
     """Return the resident memory of the process before the first tile, in bytes."""
-    return RUNTIME_BYTES if on_gpu or needs_torch(plan.steps) else PLAIN_RUNTIME_BYTES
+    # Planning may have loaded it, to look at a model without values; so may the program that calls.
+    has_torch = on_gpu or "torch" in sys.modules or needs_torch(plan.steps)
+    merges = (step.op for step in plan.steps if isinstance(step.op, Merge))
+    by_peft = any(delta.facts.by_peft for op in merges for delta in op.deltas)
+    return (RUNTIME_BYTES if has_torch else PLAIN_RUNTIME_BYTES) + by_peft * PEFT_BYTES
 
 
 def peak_bytes(
@@ -39,9 +44,7 @@ def peak_bytes(
     """Return an estimate of the resident memory of the merge, in bytes."""
     # A worker keeps the buffers of its heaviest step. At worst the heaviest steps run at the same time.
     heaviest = nlargest(n_workers, (_step_bytes(step, tile_elements) for step in plan.steps))
-    merges = [step.op for step in plan.steps if isinstance(step.op, Merge)]
-    by_peft = any(delta.facts.by_peft for op in merges for delta in op.deltas)
-    return runtime_bytes(plan, on_gpu=on_gpu) + by_peft * PEFT_BYTES + sum(heaviest)
+    return runtime_bytes(plan, on_gpu=on_gpu) + sum(heaviest)
 
 
 def _step_bytes(step: Step, tile_elements: int | None) -> int:

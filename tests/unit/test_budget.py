@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -137,12 +138,14 @@ def test_a_plan_of_copies_needs_little():
 
 
 @pytest.mark.skipif(library() is None, reason="the compiled loops are not built here")
-def test_torch_counts_where_it_is_needed():
+def test_torch_counts_where_it_is_needed_or_loaded(monkeypatch):
     ref = TensorRef("w", "BF16", (4096, 4096), "file", 0, 1 << 25)
     sides = {"A": (4, 4096), "B": (4096, 4)}
     factors = {role: TensorRef(role, "F32", shape, "file", 0, 1 << 16) for role, shape in sides.items()}
     delta = Delta("w", LowRankFacts(), factors).placed("w")
     plan = plan_of(step_at(ref, dense_merge(ref, (delta,), View.of(ref.shape))))
+    assert runtime_bytes(plan) == RUNTIME_BYTES
+    monkeypatch.delitem(sys.modules, "torch")
     alone = peak_bytes(plan, 2)
     assert runtime_bytes(plan) == PLAIN_RUNTIME_BYTES
     assert allot(plan, 2, 2, None).peak_bytes == alone
