@@ -67,7 +67,10 @@ def _is_plain_base(config: Mapping[str, Any]) -> bool:
 def _is_plain_adapter(config: Mapping[str, Any]) -> bool:
     if not config:
         return True
-    return config.get("peft_type", "LORA") == "LORA" and not config.get("use_dora")
+    # For whole modules and stacked parameters the plan looks at a model without values.
+    return config.get("peft_type", "LORA") == "LORA" and not any(
+        config.get(key) for key in ("use_dora", "modules_to_save", "target_parameters")
+    )
 
 
 def _read(place: object, name: str) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def test_a_plain_lora_needs_none(flags, loaded, fields):
         {"base": {"dtype": "bfloat16", "quantization_config": {}}},
         {"adapter": {"peft_type": "LOHA"}},
         {"adapter": {"peft_type": "LORA", "use_dora": True}},
+        {"adapter": {"peft_type": "LORA", "modules_to_save": ["lm_head"]}},
         {"rounding": "adapter"},
         {"quantize": "fp8"},
         {"dtype": "float16"},
