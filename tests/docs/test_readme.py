@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = {
     "lora-merge": "ours-2w", "PEFT": "peft", "LLaMA-Factory": "llamafactory", "mergekit": "mergekit",
-    "ms-swift": "ms-swift", "Axolotl": "axolotl",
+    "ms-swift": "ms-swift", "Axolotl": "axolotl", "Unsloth": "unsloth",
 }  # fmt: skip
 """Tool in the README → contender in the table of other tools."""
 
