@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_merge.checks import reading
+from lora_merge.checks import contents, reading
 from lora_merge.checks.reading import Reader
 from lora_merge.formats.safetensors import read_header
 
@@ -28,13 +28,13 @@ def refs(tmp_path):
 @pytest.fixture
 def sizes(monkeypatch):
     """Return the bytes of each read so far."""
-    found, at = [], reading._at
+    found, at = [], contents.content_at
 
     def noted(source, start, nbytes):
         found.append(nbytes)
         return at(source, start, nbytes)
 
-    monkeypatch.setattr(reading, "_at", noted)
+    monkeypatch.setattr(contents, "content_at", noted)
     return found
 
 
