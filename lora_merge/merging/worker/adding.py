@@ -1,7 +1,7 @@
 """A plain product that is added to bfloat16 rows in one pass, by compiled code.
 
-It sums in the order of the rank, with fused multiply-adds, on every processor. So does torch with MKL for these ranks (tried out with torch
-2.13.0 on Intel's and AMD's processors); a matrix library that sums otherwise may have another last bit of a sum in float32.
+It sums in the order of the rank, with fused multiply-adds, on every processor. So does torch with MKL's code for AVX-512 (tried out with
+torch 2.13.0, ranks 2 to 128). Other code may have another last bit of a sum in float32: MKL's for AVX2 in some shapes.
 """
 
 from __future__ import annotations
