@@ -23,13 +23,9 @@ def reckoners(n_threads: int, *, has_torch: bool = True) -> Iterator[Crew]:
         n_threads: how many may look at a time.
         has_torch: False where torch is not needed, unless something is wrong: it is not loaded for this.
     """
-    n_threads = min(n_threads, _MOST)
-    if has_torch:
-        with one_torch_thread(), Crew(n_threads, _begin) as crew:
-            yield crew
-    else:
-        with Crew(n_threads) as crew:
-            yield crew
+    begin = _begin if has_torch else None
+    with one_torch_thread(has_torch=has_torch), Crew(min(n_threads, _MOST), begin) as crew:
+        yield crew
 
 
 def _begin() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -108,7 +107,7 @@ def finished(
     watch.phase("checking", sum(piece.nbytes for piece in there))
     found = []
     has_torch = is_checked and needs_torch(makers[one.record.name] for one in there)
-    with one_torch_thread() if has_torch else contextlib.nullcontext():
+    with one_torch_thread(has_torch=has_torch):
         for piece, record in executors.pick(n_workers)(Plain(_look_at), largest_first(there), n_workers):
             watch.advance(piece.nbytes)
             if record is not None:

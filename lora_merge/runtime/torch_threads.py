@@ -68,11 +68,14 @@ class _TorchThreads:
 _TORCH_THREADS = _TorchThreads()
 
 
-def one_torch_thread() -> contextlib.AbstractContextManager[None]:
+def one_torch_thread(*, has_torch: bool = True) -> contextlib.AbstractContextManager[None]:
     """Give torch one thread per worker while the context lasts. Workers are the parallelism; torch's own pool would
     compete with them for the cores.
+
+    Args:
+        has_torch: False where torch is not needed: then it is not loaded for this, and nothing is done.
     """
-    return _TORCH_THREADS.one()
+    return _TORCH_THREADS.one() if has_torch else contextlib.nullcontext()
 
 
 def _in_new_thread(call: Callable[[], Result]) -> Result:

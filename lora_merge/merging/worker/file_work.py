@@ -91,7 +91,7 @@ class FileSpec:
             hint = "write to a filesystem that every node has at the same path, or to a store"
             raise WriteError(sentence, hint=hint)
         factors = Factors(load)
-        with one_torch_thread() if self.has_torch else contextlib.nullcontext():
+        with one_torch_thread(has_torch=self.has_torch):
             yield [FileWorker(self, factors) for _ in range(n)]
 
 

@@ -73,7 +73,7 @@ class MergeSpec:
     def make(self, n: int) -> Iterator[list[MergeWorker]]:
         """Yield n workers for the threads of one process; on leaving, torch has its threads again."""
         factors = Factors(load)
-        with one_torch_thread() if self.has_torch else contextlib.nullcontext():
+        with one_torch_thread(has_torch=self.has_torch):
             yield [MergeWorker(self, factors) for _ in range(n)]
 
 
