@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.native.library import Library, library
 from lora_merge.native.library import Product as Call
+from lora_merge.native.library import library
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,36 +55,40 @@ def add(raw: torch.Tensor, out: torch.Tensor, product: Product) -> bool:
         out: the same.
         product: for these rows.
     """
-    found, rank = library(), product.right.shape[0]
-    if found is None or not may_add(rank) or not (raw.is_cpu and product.left.is_cpu):
+    import torch
+
+    if library() is None or not may_add(len(product.right)) or not (raw.is_cpu and product.left.is_cpu):
         return False
     if any(part.stride(1) != 1 for part in (product.left, product.right)):
         return False
-    return _call(found, raw, out, product.left, product.right, product.scale)
-
-
-def _call(
-    found: Library,
-    raw: torch.Tensor,
-    out: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    scale: float,
-) -> bool:
     assert raw.is_contiguous()
     assert out.is_contiguous()
-    n_columns = right.shape[1]
+    base, written = (part.view(torch.int16).numpy() for part in (raw, out))
+    return add_rows(base, written, product.left.numpy(), product.right.numpy(), product.scale)
+
+
+def add_rows(base: Halves, out: Halves, left: Numbers, right: Numbers, scale: float) -> bool:
+    """Write rows with a product added, as `add` does, without torch. The rows of each array are in one piece.
+
+    Args:
+        base: bfloat16, ``[rows, columns]``; out: the same.
+        left: of the product, ``[rows, rank]``; right: ``[rank, columns]``.
+        scale: of the product.
+    """
+    found = library()
+    if found is None:
+        return False
     return found.add(
         Call(
             n_rows=len(left),
-            n_columns=n_columns,
-            base=raw.data_ptr(),
-            out=out.data_ptr(),
-            left=left.data_ptr(),
-            left_stride=left.stride(0),
-            right=right.data_ptr(),
-            right_stride=right.stride(0),
-            rank=right.shape[0],
+            n_columns=right.shape[1],
+            base=base.ctypes.data,
+            out=out.ctypes.data,
+            left=left.ctypes.data,
+            left_stride=left.strides[0] // left.itemsize,
+            right=right.ctypes.data,
+            right_stride=right.strides[0] // right.itemsize,
+            rank=len(right),
             scale=scale,
         )
     )

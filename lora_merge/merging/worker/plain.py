@@ -13,8 +13,7 @@ from lora_merge.core.plan import Merge
 from lora_merge.core.weight import WEIGHT
 from lora_merge.deltas.low_rank import summing
 from lora_merge.formats.safetensors import load_numbers
-from lora_merge.merging.worker.adding import can_add, compare, may_add
-from lora_merge.native.library import Product, library
+from lora_merge.merging.worker.adding import add_rows, can_add, compare, may_add
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -115,23 +114,7 @@ class Addend:
 
     def add(self, frame: HostFrame, start: int, end: int) -> bool:
         """Write a tile with the product of its rows added. Return False where something is not finite."""
-        found, left, right = library(), self._left[start:end], self._right
-        if found is None:
-            return False
-        return found.add(
-            Product(
-                n_rows=len(left),
-                n_columns=right.shape[1],
-                base=frame.base.ctypes.data,
-                out=frame.out.ctypes.data,
-                left=left.ctypes.data,
-                left_stride=left.shape[1],
-                right=right.ctypes.data,
-                right_stride=right.shape[1],
-                rank=len(right),
-                scale=self._scale,
-            )
-        )
+        return add_rows(frame.base, frame.out, self._left[start:end], self._right, self._scale)
 
     def compare(self, sample: Sample, frame: HostFrame, start: int) -> None:
         """Compare the wanted change of a tile's first rows with the change that is written.
