@@ -97,7 +97,7 @@ def allot(
         # Smaller tiles are no price for workers that may turn out to be too many.
         for size in sizes[: 1 if is_paced and n > MOST_WORKERS else None]:
             # Each process loads what it needs for itself; `peak_bytes` counts that once, for the driver.
-            peak = peak_bytes(plan, n, size, on_gpu=on_gpu) + in_processes * n * runtime
+            peak = peak_bytes(plan, n, size, runtime) + in_processes * n * runtime
             peak += sum(nlargest(n, whole_files))
             budget = Budget(n, size, peak, first if first < n else 0, n == n_workers, runtime)
             if limit_bytes is None or budget.peak_bytes <= limit_bytes:

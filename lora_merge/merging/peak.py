@@ -39,12 +39,19 @@ def runtime_bytes(plan: MergePlan, *, on_gpu: bool = False) -> int:
 
 
 def peak_bytes(
-    plan: MergePlan, n_workers: int, tile_elements: int | None = None, *, on_gpu: bool = False
+    plan: MergePlan, n_workers: int, tile_elements: int | None = None, runtime: int | None = None
 ) -> int:
-    """Return an estimate of the resident memory of the merge, in bytes."""
+    """Return an estimate of the resident memory of the merge, in bytes.
+
+    Args:
+        plan: what is to be done.
+        n_workers: at the same time.
+        tile_elements: of a row tile.
+        runtime: what `runtime_bytes` returned, if that was asked already.
+    """
     # A worker keeps the buffers of its heaviest step. At worst the heaviest steps run at the same time.
     heaviest = nlargest(n_workers, (_step_bytes(step, tile_elements) for step in plan.steps))
-    return runtime_bytes(plan, on_gpu=on_gpu) + sum(heaviest)
+    return (runtime_bytes(plan) if runtime is None else runtime) + sum(heaviest)
 
 
 def _step_bytes(step: Step, tile_elements: int | None) -> int:
