@@ -171,10 +171,13 @@ class _Driver:
         is_there = loading is not None and loading.is_over
         alone, others = parted(pieces) if self._is_in_threads and not is_there else ([], pieces)
         with self._clocks("merge"), short_switch_interval():
-            self._work("merging", replace(spec, has_torch=False), alone, spec.device, seen)
+            if alone:
+                self._work("merging", replace(spec, has_torch=False), alone, spec.device, seen)
         self._wait(loading)
-        with self._clocks("merge"):
-            self._work("merging", spec, others, spec.device, seen)
+        # What is told of the workers is told here where there is nothing to merge.
+        if others or not alone:
+            with self._clocks("merge"):
+                self._work("merging", spec, others, spec.device, seen)
 
     @property
     def _is_in_threads(self) -> bool:
@@ -239,8 +242,6 @@ class _Driver:
         Raises:
             LoraMergeError: a piece failed.
         """
-        if not pieces:
-            return
         total = sum(piece.nbytes for piece in pieces)
         self.watch.phase(phase, total)
         n_workers, request = self.budget.n_workers, self.outputs[0].prepared.request
