@@ -346,7 +346,6 @@ class _Verification:
         self, again: _Again, manifest: Manifest | None, seen: Mapping[str, Seen], loading: TorchLoading | None
     ) -> list[Finding]:
         """Return the findings of the checks that a merge runs on its own output, with the base's bytes as evidence."""
-        has_torch = loading is not None
         with self.clock("load"):
             if loading is not None:
                 self.watch.phase("loading torch", 0)
@@ -354,7 +353,7 @@ class _Verification:
         # Nothing that is read here may be of another version than what was planned.
         with (
             self.clock("recomputed"),
-            reckoners(usable_cores(), has_torch=has_torch) as crew,
+            reckoners(usable_cores(), has_torch=loading is not None) as crew,
             watching(again.inputs, is_noting=False),
         ):
             plan, issues = again.placed, again.misplaced

@@ -93,10 +93,6 @@ class Passing:
             found[key] = projection.views(content[WEIGHT], end - start, dtype)
         return found[key]
 
-    def rest(self) -> None:
-        """Let go of the buffers: all tiles have passed."""
-        self._last.clear()
-
     def suspects(self) -> tuple[tuple[int, int], ...] | None:
         """Return the row ranges whose projections do not match the expected change; None where nothing is projected.
 
