@@ -31,6 +31,20 @@ def row_space(factors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     rows = (rows / lengths)[(lengths > 0).squeeze(1)]
     if not len(rows):
         return None
+    return _basis(rows).float().contiguous()
+
+
+def _basis(rows: torch.Tensor) -> torch.Tensor:
+    """Return an orthonormal basis of some rows, float64 ``[r, in]``."""
+    import torch
+
+    if rows.shape[0] <= rows.shape[1]:
+        # A fourth of the time of singular vectors, which are only needed where some are dropped.
+        columns: torch.Tensor
+        columns, triangle = torch.linalg.qr(rows.t())
+        sizes = torch.linalg.svdvals(triangle)
+        if sizes[-1] > _KEPT * sizes[0]:
+            return columns.t()
+    basis: torch.Tensor
     _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
-    kept: torch.Tensor = basis[sizes > _KEPT * sizes[0]]
-    return kept.float().contiguous()
+    return basis[sizes > _KEPT * sizes[0]]
