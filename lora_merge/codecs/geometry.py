@@ -59,14 +59,27 @@ class Lines(NamedTuple):
         return matrix * -(-self.rows // block) + row // block
 
     def block_rows_of(self, block_rows: int, device: torch.device) -> torch.Tensor:
-        """Return, for each line, its row in what `by_block` reads: int32 ``[lines]``."""
+        """Return, for each line, its row in what `by_block` reads: int32 ``[lines]``, not to be changed."""
+        block = block_rows or self.rows
+        first, last = self.matrices
+        if last - first == 1:
+            return _blocks_of(self.start % self.rows % block, self.n, block, device)
         import torch
 
-        block = block_rows or self.rows
         line = torch.arange(self.start, self.end, dtype=torch.int32, device=device)
         found = (line % self.rows).div_(block, rounding_mode="floor")
         found += line.div_(self.rows, rounding_mode="floor").mul_(-(-self.rows // block))
         return found.sub_(self.block_row(self.start, block_rows))
+
+
+# Asked for every tile, when it is read and when it is written; tiles begin at few different places of a block.
+@lru_cache(64)
+def _blocks_of(first: int, n: int, block: int, device: torch.device) -> torch.Tensor:
+    """Return the blocks of ``n`` lines of one matrix, counted from that of the first one, which is line ``first`` of it."""
+    import torch
+
+    line = torch.arange(first, first + n, dtype=torch.int32, device=device)
+    return line.div_(block, rounding_mode="floor")
 
 
 # Asked for every tile, with few different shapes.

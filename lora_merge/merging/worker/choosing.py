@@ -229,16 +229,16 @@ def _squared_length(span: Span) -> torch.Tensor:
     """Return the squared Frobenius norm of the change of a span, from its factors."""
     import torch
 
-    a = torch.cat([look.factor for look in span.looks])
-    b = torch.cat(list(_outputs(span)), 1)
+    outputs = list(_outputs(span))
+    b = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
     # ‖BA‖² = ⟨BᵀB, AAᵀ⟩ takes r² for each row in place of its width.
-    squares: torch.Tensor = ((b.t() @ b) * (a @ a.t())).sum(dtype=torch.float64)
+    squares: torch.Tensor = ((b.t() @ b) * span.seen.gram).sum(dtype=torch.float64)
     return squares
 
 
 def _outputs(span: Span) -> Iterator[torch.Tensor]:
     """Yield B of each change, times its scale, for the outputs of a span: float32 ``[outputs, r]``."""
-    for look in span.looks:
+    for look in span.seen.looks:
         assert look.other is not None
         first = look.outputs[0]
         yield look.other[span.first - first : span.last - first] * look.scale

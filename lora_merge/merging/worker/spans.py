@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lora_merge.rounding.basis import row_space
 from lora_merge.rounding.schedule import damping_for, schedule_of, without_feedback
@@ -23,6 +24,24 @@ _KEPT = 64
 """Bases that are kept: the next tile mostly needs the same ones."""
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What some deltas see of their input, for all tiles that they change."""
+
+    looks: tuple[Look, ...]
+
+    schedule: Schedule | None
+    """How errors are fed back, with a basis of what is seen; None where their factors are zero."""
+
+    @cached_property
+    def gram(self) -> torch.Tensor:
+        """A Aᵀ of all looks, one below the other: float32 ``[r, r]``. Only where each is of all inputs."""
+        import torch
+
+        a = torch.cat([look.factor for look in self.looks])
+        return a @ a.t()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Span:
     """Some outputs of a weight, and what its deltas see of their input."""
@@ -32,26 +51,19 @@ class Span:
 
     last: int
 
-    schedule: Schedule
-    """How errors are fed back, with a basis of what is seen."""
+    seen: Seen
+    """Its schedule is not None."""
 
-    looks: tuple[Look, ...]
-    """What it is the basis of."""
+    @property
+    def schedule(self) -> Schedule:
+        """How errors are fed back."""
+        assert self.seen.schedule is not None
+        return self.seen.schedule
 
     @property
     def basis(self) -> torch.Tensor:
         """Float32 ``[r, in]``, orthonormal rows."""
         return self.schedule.basis
-
-
-class _Known(NamedTuple):
-    """What is kept of some looks."""
-
-    looks: tuple[Look, ...]
-    """Kept too, so that no other factor gets the address of one of theirs."""
-
-    schedule: Schedule | None
-    """None where their factors are zero."""
 
 
 class Spans:
@@ -68,7 +80,7 @@ class Spans:
         self._n_inputs, self._n_outputs = (
             (view.rows, view.columns) if transposed else (view.columns, view.rows)
         )
-        self._known: OrderedDict[tuple[int, ...], _Known] = OrderedDict()
+        self._known: OrderedDict[tuple[int, ...], Seen] = OrderedDict()
 
     def of(self, start: int, end: int, changers: Iterable[Changer]) -> list[Span]:
         """Return the spans among the outputs ``start`` to ``end``, in order, none across two matrices. Outputs that no delta
@@ -81,22 +93,21 @@ class Spans:
             if look.outputs[0] < end and look.outputs[1] > start
         ]
         return [
-            Span(first, last, schedule, own)
+            Span(first, last, seen)
             for first, last, own in _cut(looks, start, end, self._n_outputs)
-            if (schedule := self._schedule(own)) is not None
+            if (seen := self._seen(own)).schedule is not None
         ]
 
-    def _schedule(self, looks: tuple[Look, ...]) -> Schedule | None:
-        """Return the schedule of what some deltas see; None where their factors are zero."""
+    def _seen(self, looks: tuple[Look, ...]) -> Seen:
+        """Return what some deltas see. It keeps their factors, so that no other one gets the address of one of theirs."""
         key = tuple(look.factor.data_ptr() for look in looks)
         found = self._known.get(key)
         if found is None:
             basis = row_space([self._whole(look) for look in looks])
-            schedule = None if basis is None else self._made(basis)
-            found = self._known[key] = _Known(looks, schedule)
+            found = self._known[key] = Seen(looks, None if basis is None else self._made(basis))
             while len(self._known) > _KEPT:
                 self._known.popitem(last=False)
-        return found.schedule
+        return found
 
     def _made(self, basis: torch.Tensor) -> Schedule:
         return schedule_of(basis, damping_for(*basis.shape)) if self._fed_back else without_feedback(basis)
