@@ -169,9 +169,26 @@ class Spans:
         directions = (a / sizes.view(-1, 1))[sizes > 0]
         if not len(directions):
             return None
-        _, values, basis = torch.linalg.svd(directions, full_matrices=False)
-        kept = values > _KEPT * values[0]
-        smallest = float(values[kept][-1])
+        columns, smallest = _orthonormal(directions)
         off = 2 * _FLOAT32 * len(directions) ** 0.5 * (1 + 1 / smallest)
         # Column by column, as products with its transpose read it: that is twice as quick.
-        return Basis(basis[kept].T.contiguous().T, off, sizes, torch.cat(left, 1))
+        return Basis(columns.contiguous().T, off, sizes, torch.cat(left, 1))
+
+
+def _orthonormal(directions: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return a basis of some directions as columns, and the smallest singular value that is kept.
+
+    Shapes:
+        directions: float64 ``[n, in]``; the basis: float64 ``[in, r]``.
+    """
+    import torch
+
+    if len(directions) <= directions.shape[1]:
+        columns, triangle = torch.linalg.qr(directions.T)
+        values = torch.linalg.svdvals(triangle)
+        # Where no direction is dropped, every basis does, and this one takes a fourth of the time.
+        if values[-1] > _KEPT * values[0]:
+            return columns, float(values[-1])
+    _, values, basis = torch.linalg.svd(directions, full_matrices=False)
+    kept = values > _KEPT * values[0]
+    return basis[kept].T, float(values[kept][-1])
