@@ -5,39 +5,42 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs.tables import values_of_codes
 from lora_merge.native.library import Coded, library
 
 if TYPE_CHECKING:
     import torch
 
+_BITS = {16: 4, 256: 8}
+"""Entries of a table → bits of its codes. Others are not decoded here."""
+
 
 def decode(
     codes: torch.Tensor,
-    bits: int,
     table: torch.Tensor,
     scale: torch.Tensor,
     out: torch.Tensor,
     *,
     group: int,
     zero: torch.Tensor | None = None,
+    is_e4m3: bool = False,
 ) -> bool:
     """Write ``(table[code] - zero) · scale``, if there is compiled code for it. Return whether it is done.
 
     Args:
         codes: lines of bytes or words; of four bits, the low ones of each byte first.
-        bits: of a code, 4 or 8.
-        table: float32, what each code stands for before the scale.
+        table: float32, what each code stands for before the scale: ``[16]`` for codes of four bits, ``[256]`` of eight.
         scale: float32 ``[lines, groups]``, or ``[1, groups]`` where all lines share it.
         out: float32 ``[lines, in]``.
         group: adjacent values of a group, the last of a line may be cut off; 0 for the whole line.
         zero: float32 ``[lines, groups]``; None for 0.
+        is_e4m3: the table is that of ``"F8_E4M3"``, for which there is a quicker way.
     """
     import torch
 
     found = library()
     lines, width = out.shape
-    if found is None or not lines or not out.is_cpu or bits not in {4, 8} or (bits == 4 and group % 2):
+    bits = _BITS.get(len(table))
+    if found is None or bits is None or not lines or not out.is_cpu or (bits == 4 and group % 2):
         return False
     parts = [scale] if zero is None else [scale, zero]
     if any(part.dtype != torch.float32 or not part.is_contiguous() for part in (out, table, *parts)):
@@ -60,7 +63,7 @@ def decode(
             zero=None if zero is None else zero.data_ptr(),
             zero_stride=0 if zero is None else _stride(zero),
             group=group or width,
-            is_e4m3=table is values_of_codes("F8_E4M3", table.device),
+            is_e4m3=is_e4m3,
             values=out.data_ptr(),
             stride=width,
         )
@@ -79,6 +82,14 @@ def whole_numbers(bits: int, offset: int) -> torch.Tensor:
     import torch
 
     return torch.arange(1 << bits, dtype=torch.float32).sub_(offset)
+
+
+@lru_cache
+def one() -> torch.Tensor:
+    """Return the scale of codes that have none: float32 ``[1, 1]``."""
+    import torch
+
+    return torch.ones(1, 1)
 
 
 @lru_cache

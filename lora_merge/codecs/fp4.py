@@ -87,7 +87,7 @@ class Fp4(Coded):
         lines, of = lines_of(tile), _settings(storage)
         values = out.view(lines.n, lines.width)
         scale = _scale(parts, of)
-        if decode(parts[WEIGHT].view(lines.n, -1), 4, values_of_e2m1(), scale, values, group=of.group):
+        if decode(parts[WEIGHT].view(lines.n, -1), values_of_e2m1(), scale, values, group=of.group):
             return
         look_up_e2m1(parts[WEIGHT], values)
         for group, columns in in_groups(values, of.group):

@@ -83,7 +83,7 @@ class PackedInt(Coded):
         zero = _zeros(lines, parts["zero"], bits) if settings["zero"] else None
         has_index, group = _has_index(parts), int(settings["group"])
         table = whole_numbers(bits, offset if zero is None else 0)
-        if not has_index and decode(parts[WEIGHT], bits, table, scale, codes, group=group, zero=zero):
+        if not has_index and decode(parts[WEIGHT], table, scale, codes, group=group, zero=zero):
             return
         for few, words in _few(lines, codes, parts[WEIGHT]):
             few.copy_(unpack(words, bits, lines.width))

@@ -94,7 +94,8 @@ class Scaled(Coded):
         values = out.view(lines.n, lines.width)
         scale = _scale(lines, parts, of)
         table = signed_bytes() if of.codes == "I8" else values_of_codes(of.codes, parts[WEIGHT].device)
-        if decode(parts[WEIGHT].view(lines.n, -1), 8, table, scale, values, group=of.block_columns):
+        codes, is_e4m3 = parts[WEIGHT].view(lines.n, -1), of.codes == "F8_E4M3"
+        if decode(codes, table, scale, values, group=of.block_columns, is_e4m3=is_e4m3):
             return
         _levels(parts, of, values)
         for group, columns in in_groups(values, of.block_columns):

@@ -6,6 +6,8 @@ from functools import lru_cache
 from math import nan
 from typing import TYPE_CHECKING
 
+from lora_merge.codecs.compiled import decode, one
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -75,6 +77,10 @@ def look_up(codes: torch.Tensor, dtype: str, out: torch.Tensor) -> None:
     """
     import torch
 
+    if out.is_cpu and out.numel():
+        table, is_e4m3 = values_of_codes(dtype, out.device), dtype == "F8_E4M3"
+        if decode(codes.reshape(1, -1), table, one(), out.view(1, -1), group=0, is_e4m3=is_e4m3):
+            return
     for part, values in in_pieces(codes, out):
         if dtype == "F8_E4M3" and out.device.type == "cpu" and not _has_nan(part):
             _widen_e4m3(part, values)
