@@ -309,7 +309,8 @@ def test_decoding_gives_the_bits_of_torch(coding, group, width):
         with pytest.MonkeyPatch.context() as patch:
             found = library()._replace(lanes=vectors)
             patch.setattr(native, "_found", lambda found=found: found)
-            assert decoding.decode(codes, bits, table, scale, out, group=group, zero=zero)
+            is_e4m3 = coding == "e4m3"
+            assert decoding.decode(codes, table, scale, out, group=group, zero=zero, is_e4m3=is_e4m3)
         # NaN has several bits; all of them mean the same.
         assert torch.equal(out.nan_to_num(7.0).view(torch.int32), wanted.nan_to_num(7.0).view(torch.int32))
         assert torch.equal(out.isnan(), wanted.isnan())
@@ -318,9 +319,27 @@ def test_decoding_gives_the_bits_of_torch(coding, group, width):
 def test_codes_that_are_too_short_are_left_to_torch():
     out, scale = torch.full((2, 64), 3.0), torch.ones(2, 1)
     table = decoding.whole_numbers(4, 8)
-    assert not decoding.decode(torch.zeros(2, 31, dtype=torch.uint8), 4, table, scale, out, group=0)
-    assert not decoding.decode(torch.zeros(3, 32, dtype=torch.uint8), 4, table, scale, out, group=0)
+    assert not decoding.decode(torch.zeros(2, 31, dtype=torch.uint8), table, scale, out, group=0)
+    assert not decoding.decode(torch.zeros(3, 32, dtype=torch.uint8), table, scale, out, group=0)
     assert (out == 3).all()
+
+
+def test_codes_of_other_bits_are_left_to_torch():
+    out, codes = torch.full((2, 64), 3.0), torch.zeros(2, 64, dtype=torch.uint8)
+    assert not decoding.decode(codes, decoding.whole_numbers(2, 2), torch.ones(2, 1), out, group=0)
+    assert (out == 3).all()
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0"])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 64, 33)])
+def test_codes_without_a_scale_mean_what_torch_says(dtype, shape):
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    found, wanted = torch.empty(shape), torch.empty(shape)
+    look_up(codes, dtype, found)
+    with hidden():
+        look_up(codes, dtype, wanted)
+    assert torch.equal(found.nan_to_num(7.0).view(torch.int32), wanted.nan_to_num(7.0).view(torch.int32))
+    assert torch.equal(found.isnan(), wanted.isnan())
 
 
 def test_the_switch_leaves_it_out():
