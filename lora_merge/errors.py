@@ -193,10 +193,12 @@ class VerifyError(LoraMergeError):
 
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
-        super().__init__(
-            *_issue_list(verdict.errors, "the output failed verification"),
-            hint="run again, and report this if it happens again; no output was created",
-        )
+        # Values that are too large would be so in another run, too; their hints say what to do.
+        is_input = all(issue.code == "non-finite" for issue in verdict.errors)
+        hint = "no output was created"
+        if not is_input:
+            hint = f"run again, and report this if it happens again; {hint}"
+        super().__init__(*_issue_list(verdict.errors, "the output failed verification"), hint=hint)
 
 
 class BugError(LoraMergeError):

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from lora_merge.core.report import Issue
 
 
+_OTHER_DTYPE = "pass --dtype float32 or bfloat16, which have a larger range"
+_CHECK = "check the values of the adapter's factors, and its scaling: the change is too large"
+
+
 def finite(evidence: Evidence) -> Iterator[Issue]:
     """Yield an issue for each merged tensor whose record says that it has NaN or infinity."""
     slots = {slot.name: slot for step in evidence.plan.steps for slot in step.slots}
@@ -20,8 +24,6 @@ def finite(evidence: Evidence) -> Iterator[Issue]:
         # The merge has looked at every value while it was in the cache.
         if not record.finite:
             dtype = slots[record.name].dtype
+            sentence = f"holds NaN or infinite values after the merge ({dtype})"
             # Only F16 has a smaller range than float32; BF16 has the same exponents.
-            hint = "pass --dtype float32 or bfloat16, which have a larger range" if dtype == "F16" else ""
-            yield error(
-                "non-finite", record.name, f"holds NaN or infinite values after the merge ({dtype})", hint
-            )
+            yield error("non-finite", record.name, sentence, _OTHER_DTYPE if dtype == "F16" else _CHECK)

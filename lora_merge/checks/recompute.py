@@ -9,7 +9,7 @@ import contextlib
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
-from math import isfinite
+from math import inf, isfinite
 from operator import itemgetter, or_
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from lora_merge.checks.formulas import Site, changed, combined
 from lora_merge.checks.overall_scales import OverallScales
 from lora_merge.checks.plain_rows import PlainRows
 from lora_merge.checks.reading import Reader
+from lora_merge.checks.rounding import LARGEST
 from lora_merge.checks.scales import Scales
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
@@ -181,7 +182,7 @@ class _Compared:
             yield from self._scales.issues()
             self._overall.add(self._op, self._scales)
         if wrong:
-            yield _told(self._step.name, wrong, sum(map(len, chunks)))
+            yield _told(self._step, wrong, sum(map(len, chunks)))
         elif effect is not None and effect.is_asked:
             yield effect.problem(self._step.name, record)
 
@@ -243,19 +244,25 @@ def _written(evidence: Evidence, step: Step) -> Weight:
     return Weight(step.name, step.shape, step.op.target, evidence.stored_at(slots))
 
 
-def _told(name: str, wrong: Sequence[_Wrong], n_checked: int) -> Issue:
+def _told(step: Step, wrong: Sequence[_Wrong], n_checked: int) -> Issue:
     """Return the issue for values that are wrong.
 
     Args:
-        name: of the tensor.
+        step: of the tensor.
         wrong: by chunk of rows, in order.
         n_checked: how many rows were compared.
     """
+    assert isinstance(step.op, Merge)
+    name, target = step.name, step.op.target
     first, rows = wrong[0], [row for one in wrong for row in one.rows]
     where = f"row {first.rows[0]}, column {first.column}"
     if not isfinite(first.expected):
         sentence = f"{where} is {first.got:.9g}: the base or the adapter has NaN or infinity there"
         return error("non-finite", name, sentence, "download the base and the adapter again")
+    dtype = target.value_dtype
+    if abs(first.expected) > LARGEST.get(dtype, inf):
+        sentence = f"{where} is to be {first.expected:.9g}, but the largest number of {dtype} is {LARGEST[dtype]:.3g}"
+        return error("non-finite", name, sentence)
     sentence = f"{where} is {first.got:.9g}, expected {first.expected:.9g}"
     if len(rows) > 1:
         sentence += f"; {len(rows)} of {n_checked} checked rows are wrong: {_listed(rows)}"

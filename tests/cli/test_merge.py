@@ -370,7 +370,46 @@ def test_values_that_overflow_the_output_dtype_fail_verification(pico, pico_adap
 
     assert result.exit_code == exits.VERIFY
     assert "holds NaN or infinite values after the merge (F16)" in result.stderr
+    assert "but the largest number of F16 is 6.55e+04" in result.stderr
+    assert result.stderr.count("pass --dtype float32 or bfloat16") == 1
+    assert result.stderr.endswith("hint: no output was created\n")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "adapter"])
+def test_a_change_whose_square_only_is_too_large_is_merged(
+    pico, pico_adapter, tampered, cli, tmp_path, rounding
+):
+    base = pico(dtype="bfloat16")
+    adapter, out = tampered(pico_adapter(base)), tmp_path / "out"
+    edit_json(adapter / "adapter_config.json", lora_alpha=1e37)
+
+    result = cli("--base", base, "--adapter", adapter, "--out", out, "--rounding", rounding)
+
+    assert result.exit_code == exits.OK, result.stderr
+    assert "nan" not in result.stderr + result.stdout
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "adapter"])
+def test_a_change_beyond_bfloat16_fails_verification_and_another_run_is_not_advised(
+    pico, pico_adapter, tampered, cli, tmp_path, rounding
+):
+    base = pico(dtype="bfloat16")
+    from safetensors.torch import load_file, save_file
+
+    adapter, out = tampered(pico_adapter(base)), tmp_path / "out"
+    factors = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: 1e22 * factor for name, factor in factors.items()}, adapter / "adapter_model.safetensors"
+    )
+
+    result = cli("--base", base, "--adapter", adapter, "--out", out, "--rounding", rounding, "--allow-loss")
+
+    assert result.exit_code == exits.VERIFY
+    assert "but the largest number of BF16 is 3.39e+38" in result.stderr
+    assert "check the values of the adapter's factors" in result.stderr
+    assert result.stderr.endswith("hint: no output was created\n")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -219,10 +219,8 @@ class Choosing:
 
 
 def _squares(seen: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    found: torch.Tensor = seen.square().sum(dtype=torch.float64)
-    return found
+    # Squares of large numbers are beyond float32.
+    return seen.double().square_().sum()
 
 
 def _squared_length(span: Span) -> torch.Tensor:
@@ -230,10 +228,9 @@ def _squared_length(span: Span) -> torch.Tensor:
     import torch
 
     outputs = list(_outputs(span))
-    b = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+    b = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)).double()
     # ‖BA‖² = ⟨BᵀB, AAᵀ⟩ takes r² for each row in place of its width.
-    squares: torch.Tensor = ((b.t() @ b) * span.seen.gram).sum(dtype=torch.float64)
-    return squares
+    return ((b.t() @ b) * span.seen.gram).sum()
 
 
 def _outputs(span: Span) -> Iterator[torch.Tensor]:

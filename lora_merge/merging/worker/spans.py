@@ -35,10 +35,10 @@ class Seen:
 
     @cached_property
     def gram(self) -> torch.Tensor:
-        """A Aᵀ of all looks, one below the other: float32 ``[r, r]``. Only where each is of all inputs."""
+        """A Aᵀ of all looks, one below the other: float64 ``[r, r]``. Only where each is of all inputs."""
         import torch
 
-        a = torch.cat([look.factor for look in self.looks])
+        a = torch.cat([look.factor for look in self.looks]).double()
         return a @ a.t()
 
 
