@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.checks.expecting import is_plain_product
 from lora_merge.checks.rounding import PRECISION, SMALLEST
 from lora_merge.core.weight import WEIGHT
+from lora_merge.runtime.shortage import BLAS_BYTES, need_room
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,6 +107,7 @@ def _changed(before: Wide, left: Wide, right: tuple[Wide, Wide], scale: float) -
     import numpy as np
 
     a, sizes = right
+    need_room(BLAS_BYTES, "multiply matrices")
     change = (left @ a) * scale
     reach = np.abs(left) @ sizes
     # B may have underflowed where the scale was multiplied into it first.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
 import re
 import sys
+import threading
 import traceback
 from typing import TYPE_CHECKING
 
@@ -103,6 +105,35 @@ tries for ever, and what torch leaves behind breaks the interpreter. Measured, a
 takes 85 MB, torch 2.13 for CPUs 500 MB."""
 
 
+BLAS_BYTES = 80_000_000
+"""What two threads take that multiply matrices by OpenBLAS for the first time, and a fourth more: it ends the process otherwise."""
+
+_THREAD_BYTES = 20_000_000
+"""What a new thread takes: its stack, 8 MB by default, and its first objects."""
+
+_ARENA_MAX = -8
+"""``M_ARENA_MAX`` of glibc's ``mallopt``."""
+
+
+def need_room(nbytes: int, to: str) -> None:
+    """Check that this process may have so much more memory, if it has a limit.
+
+    Args:
+        nbytes: that are about to be asked for, by something that does not survive a failure.
+        to: what for: ``"load numpy"``.
+
+    Raises:
+        MemoryError: it may not.
+    """
+    if not is_limited():
+        return
+    try:
+        # Mapped and given back at once: only address space is asked for, no page is touched.
+        mmap.mmap(-1, nbytes).close()
+    except OSError as exc:
+        raise MemoryError(f"not enough memory to {to}") from exc
+
+
 class _Room:
     """An import finder that finds nothing: before certain modules are loaded, it checks that there is memory for
     them.
@@ -116,22 +147,36 @@ class _Room:
         """
         del path, target
         if name in _ROOM_BYTES and name not in sys.modules:
-            try:
-                # Mapped and given back at once: only address space is asked for, no page is touched.
-                mmap.mmap(-1, _ROOM_BYTES[name]).close()
-            except OSError as exc:
-                raise MemoryError(f"not enough memory to load {name}") from exc
+            need_room(_ROOM_BYTES[name], f"load {name}")
+
+
+_start = threading.Thread.start
+
+
+def _start_with_room(thread: threading.Thread) -> None:
+    """Start a thread if there is memory for it. One that finds none ends before it says that it has begun, and Python 3.11 waits for
+    that for ever.
+
+    Raises:
+        MemoryError: there is not enough memory.
+    """
+    need_room(_THREAD_BYTES, "start a thread")
+    _start(thread)
 
 
 def mind_limits() -> None:
-    """Prepare this process for a limit of its memory. Call it before numpy is imported.
+    """Prepare this process for a limit of its memory. Call it before numpy is imported, and before the first thread.
 
     Libraries in C that meet the limit while they are loaded would end the process, or hang, without a message.
     """
     if is_limited():
         # OpenBLAS takes memory for each thread when it is loaded.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        # For each thread glibc sets 64 MB of addresses aside, which count. Other C libraries have no such function, and no need.
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
         sys.meta_path.insert(0, _Room())
+        threading.Thread.start = _start_with_room  # type: ignore[method-assign, assignment]
 
 
 def raise_if_out_of_memory(exc: BaseException) -> None:

@@ -67,12 +67,24 @@ def test_a_merge_ends_in_one_sentence_and_goes_on_from_there(megabytes, inputs, 
         assert not staging_path(out).exists()
 
 
-def test_what_was_copied_before_torch_did_not_fit_is_kept(inputs, tmp_path):
-    base, adapter, _ = inputs
-    done = limited(300, "--base", base, "--adapter", adapter, "--out", tmp_path / "merged")
+def test_what_was_copied_before_torch_did_not_fit_is_kept(pico, pico_adapter, tmp_path):
+    base = pico(dtype="float16")
+    adapter = pico_adapter(base)
+    # Torch is loaded beside the copies, and mostly fails after the first of them.
+    for n in range(5):
+        out = tmp_path / str(n)
+        done = limited(300, "--base", base, "--adapter", adapter, "--out", out)
+        assert done.returncode == exits.WRITE
+        assert ("run again with --resume" in done.stderr) == staging_path(out).exists()
+        if staging_path(out).exists():
+            return
+    pytest.fail("nothing was ever copied before torch did not fit")
 
-    assert done.returncode == exits.WRITE
-    assert "run again with --resume" in done.stderr
+
+@pytest.mark.parametrize("megabytes", range(180, 300, 8))
+def test_a_merge_without_torch_neither_hangs_nor_aborts(megabytes, inputs, tmp_path):
+    base, adapter, _ = inputs
+    check_end(limited(megabytes, "--base", base, "--adapter", adapter, "--out", tmp_path / "merged"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 
 import pytest
 
@@ -89,3 +91,22 @@ def test_a_configuration_is_not_called_unknown_because_memory_ran_out(monkeypatc
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "of": "this test alone"}
     with pytest.raises(MemoryError):
         skeleton.build_skeleton(config)
+
+
+def test_a_thread_without_memory_is_refused_before_it_could_hang():
+    code = """
+import resource, threading
+from lora_merge.runtime.shortage import mind_limits
+resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))
+mind_limits()
+threading.Thread(target=print, args=("begun",)).start()
+with open("/proc/self/statm") as file:
+    now = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 12_000_000, 1 << 40))
+try:
+    threading.Thread(target=print).start()
+except MemoryError as exc:
+    print(exc)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout == "begun\nnot enough memory to start a thread\n"
