@@ -62,8 +62,9 @@ class Lines(NamedTuple):
         """Return, for each line, its row in what `by_block` reads: int32 ``[lines]``, not to be changed."""
         block = block_rows or self.rows
         first, last = self.matrices
-        if last - first == 1:
-            return _blocks_of(self.start % self.rows % block, self.n, block, device)
+        # On a GPU another worker's stream might use what this one has not made yet.
+        if last - first == 1 and device.type == "cpu":
+            return _blocks_of(self.start % self.rows % block, self.n, block)
         import torch
 
         line = torch.arange(self.start, self.end, dtype=torch.int32, device=device)
@@ -74,12 +75,11 @@ class Lines(NamedTuple):
 
 # Asked for every tile, when it is read and when it is written; tiles begin at few different places of a block.
 @lru_cache(64)
-def _blocks_of(first: int, n: int, block: int, device: torch.device) -> torch.Tensor:
+def _blocks_of(first: int, n: int, block: int) -> torch.Tensor:
     """Return the blocks of ``n`` lines of one matrix, counted from that of the first one, which is line ``first`` of it."""
     import torch
 
-    line = torch.arange(first, first + n, dtype=torch.int32, device=device)
-    return line.div_(block, rounding_mode="floor")
+    return torch.arange(first, first + n, dtype=torch.int32).div_(block, rounding_mode="floor")
 
 
 # Asked for every tile, with few different shapes.
