@@ -24,18 +24,18 @@ RUNTIME_BYTES = 260 << 20
 PLAIN_RUNTIME_BYTES = 64 << 20
 """The same where torch is not needed."""
 
+# Added only where a delta says `Facts.by_peft`.
 PEFT_BYTES = 140 << 20
-"""What transformers and PEFT add to that, where PEFT's own layers merge, or planning looks at a model without values."""
+"""What transformers and PEFT add to that, where PEFT's own layers merge."""
 
 
 def runtime_bytes(plan: MergePlan, *, on_gpu: bool = False) -> int:
     """Return the resident memory of the process before the first tile, in bytes."""
-    # Planning may have loaded them, to look at a model without values; so may the program that calls.
+    # Planning may have loaded it, to look at a model without values; so may the program that calls.
     has_torch = on_gpu or "torch" in sys.modules or needs_torch(plan.steps)
     merges = (step.op for step in plan.steps if isinstance(step.op, Merge))
     by_peft = any(delta.facts.by_peft for op in merges for delta in op.deltas)
-    has_models = by_peft or "transformers.modeling_utils" in sys.modules
-    return (RUNTIME_BYTES if has_torch else PLAIN_RUNTIME_BYTES) + has_models * PEFT_BYTES
+    return (RUNTIME_BYTES if has_torch else PLAIN_RUNTIME_BYTES) + by_peft * PEFT_BYTES
 
 
 def peak_bytes(

@@ -99,7 +99,9 @@ import resource, threading
 from lora_merge.runtime.shortage import mind_limits
 resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))
 mind_limits()
-threading.Thread(target=print, args=("begun",)).start()
+first = threading.Thread(target=print, args=("begun",))
+first.start()
+first.join()
 with open("/proc/self/statm") as file:
     now = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 12_000_000, 1 << 40))
