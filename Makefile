@@ -25,8 +25,10 @@ setup: $(VENV)/.installed ## Create .venv and install lora-merge with everything
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lora_merge/native/*.c lora_merge/native/*.inc)
 	@echo "setup: creating $(VENV) and installing (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch uv
+	@# uv takes half a minute where pip takes three. It knows nothing of pip's settings, so pip does it where uv cannot.
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]' || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: setup ## Build a small Llama, train a LoRA on it, merge it, and compare what the three generate
