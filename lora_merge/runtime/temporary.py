@@ -20,6 +20,9 @@ SPOOLS = Path("/var/tmp")  # noqa: S108 - folders with random names are made in 
 _LOCK = ".lock"
 """A file in each folder that its process holds a lock on: the kernel frees it whatever ends the process."""
 
+_FILES = "files"
+"""The folder in it that is handed out."""
+
 _FOLDERS: set[weakref.finalize] = set()  # type: ignore[type-arg] # of objects of any kind
 
 
@@ -40,7 +43,7 @@ def folder_for(owner: object, place: Path | None = None) -> Path:
     # Resolved, since readers resolve paths too, and the two are compared.
     home = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place)).resolve()
     fd = _locked(home / _LOCK, os.O_CREAT)
-    folder = home / "files"
+    folder = home / _FILES
     folder.mkdir()
     _FOLDERS.add(weakref.finalize(owner, _remove, str(home), fd, os.getpid()))
     return folder
@@ -52,7 +55,6 @@ def remove_left_behind(place: Path | None = None) -> None:
     Args:
         place: where they made them; default: wherever this program makes some.
     """
-    import shutil
     import tempfile
 
     if place is None:
@@ -60,7 +62,7 @@ def remove_left_behind(place: Path | None = None) -> None:
             remove_left_behind(one)
         return
     for left in _left_behind(place):
-        shutil.rmtree(left, ignore_errors=True)
+        _remove_all(left)
 
 
 @contextlib.contextmanager
@@ -96,11 +98,17 @@ def _remove(home: str, fd: int | None, process: int) -> None:
     # A process that was forked has the same references, and is not the folder's owner.
     if os.getpid() != process:
         return
-    import shutil
-
-    shutil.rmtree(home, ignore_errors=True)
+    _remove_all(Path(home))
     if fd is not None:
         os.close(fd)
+
+
+def _remove_all(home: Path) -> None:
+    """Remove a folder, its lock last: where the process is killed meanwhile, the next one finds by the lock what is left."""
+    import shutil
+
+    shutil.rmtree(home / _FILES, ignore_errors=True)
+    shutil.rmtree(home, ignore_errors=True)
 
 
 def _left_behind(place: Path) -> Iterator[Path]:
@@ -109,8 +117,10 @@ def _left_behind(place: Path) -> Iterator[Path]:
         for home in place.glob(f"{_PREFIX}*"):
             fd = _locked(home / _LOCK)
             if fd is not None:
-                yield home
-                os.close(fd)
+                try:
+                    yield home
+                finally:
+                    os.close(fd)
 
 
 def _locked(path: Path, flags: int = 0) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
@@ -220,6 +221,32 @@ def test_folders_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path, 
     assert young.is_dir()
     remove_folders()
     assert not kept.exists()
+
+
+def test_a_kill_while_a_folder_is_removed_leaves_its_lock_to_the_next_process(tmp_path, monkeypatch):
+    import shutil
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = tmp_path / "lora-merge-copy-dead"
+    (dead / "files" / "more").mkdir(parents=True)
+    (dead / ".lock").touch()
+
+    class Killed(BaseException):
+        """Ends a process in the middle of a removal."""
+
+    def removed(path, **_):
+        (path / "more").rmdir()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", removed)
+        # `raises` would keep the traceback, and with it the lock.
+        with contextlib.suppress(Killed):
+            folder_for(Owner())
+    assert (dead / ".lock").exists()
+    folder_for(Owner())
+    assert not dead.exists()
 
 
 def test_a_run_with_nothing_to_do_removes_what_a_killed_one_has_left(tmp_path, monkeypatch):
