@@ -253,13 +253,12 @@ def _told(step: Step, wrong: Sequence[_Wrong], n_checked: int) -> Issue:
         n_checked: how many rows were compared.
     """
     assert isinstance(step.op, Merge)
-    name, target = step.name, step.op.target
+    name, dtype = step.name, step.op.target.value_dtype
     first, rows = wrong[0], [row for one in wrong for row in one.rows]
     where = f"row {first.rows[0]}, column {first.column}"
     if not isfinite(first.expected):
         sentence = f"{where} is {first.got:.9g}: the base or the adapter has NaN or infinity there"
         return error("non-finite", name, sentence, "download the base and the adapter again")
-    dtype = target.value_dtype
     if abs(first.expected) > LARGEST.get(dtype, inf):
         sentence = f"{where} is to be {first.expected:.9g}, but the largest number of {dtype} is {LARGEST[dtype]:.3g}"
         return error("non-finite", name, sentence)

@@ -28,8 +28,6 @@ def run(*, as_extension: bool) -> NoReturn:
     if as_extension:
         call_it(AS_EXTENSION)
     own_process()
-    # Workers share the cores already, and a thread of OpenBLAS waits for work by turning in circles.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     mind_limits()
     code = 0
     try:

@@ -165,13 +165,14 @@ def _start_with_room(thread: threading.Thread) -> None:
 
 
 def mind_limits() -> None:
-    """Prepare this process for a limit of its memory. Call it before numpy is imported, and before the first thread.
+    """Prepare a process of this program alone for a limit of its memory. Call it before numpy is imported, and before the first thread.
 
     Libraries in C that meet the limit while they are loaded would end the process, or hang, without a message.
     """
+    # OpenBLAS takes memory for each thread when it is loaded, and a thread of it waits for work by turning in circles. Workers share the
+    # cores already.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if is_limited():
-        # OpenBLAS takes memory for each thread when it is loaded.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         # For each thread glibc sets 64 MB of addresses aside, which count. Other C libraries have no such function, and no need.
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
