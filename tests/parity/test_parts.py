@@ -243,6 +243,24 @@ def test_a_part_is_changed_and_nothing_beside_it(block, kind, transposed, tmp_pa
     assert torch.equal(result[beside], weight[beside])
 
 
+def test_bfloat16_tiles_beside_a_part_stay_as_they_are(tmp_path, monkeypatch):
+    """Compiled code adds products to such tiles where the whole tensor is changed; here most of them meet no change at all."""
+    monkeypatch.setattr(views, "TILE_ELEMENTS", 1 << 12)
+    weight = draw(4, 128, 64, seed=1).to(torch.bfloat16)
+    a, b = draw(RANK, 64, seed=2), draw(128, RANK, seed=3)
+    refs = written(tmp_path / "tensors", {"W": weight, "A": a, "B": b})
+    delta = Delta("W", LowRankFacts(), {"A": refs["A"], "B": refs["B"]}, 1.7)
+    spec = delta.placed("W", Region(box=((2, 3), (0, 128), (0, 64))))
+    sink, view = Memory(), View.of((4, 128, 64), stacked=True)
+    with one_torch_thread():
+        Merger(sink, "cpu")(step_at(refs["W"], dense_merge(refs["W"], (spec,), view)))
+    assert len(view.tiles()) >= 4
+    result = torch.frombuffer(bytearray(sink.content), dtype=torch.bfloat16).view(weight.shape)
+    wanted = (weight[2].float() + (b @ a) * 1.7).to(torch.bfloat16)
+    torch.testing.assert_close(result[2], wanted)
+    assert torch.equal(result[[0, 1, 3]], weight[[0, 1, 3]])
+
+
 def test_a_part_of_a_bias_is_changed_and_nothing_beside_it(tmp_path):
     weight, addend = draw(90, seed=1), draw(30, seed=2)
     refs = written(tmp_path / "tensors", {"W": weight, "addend": addend})

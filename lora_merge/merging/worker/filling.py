@@ -99,7 +99,8 @@ class Filling:
             stored: the tile as it was read.
             changers: of its rows.
         """
-        if not self.can_add or not self.choosing.is_plain:
+        # A delta of some rows changes nothing in a tile of others.
+        if not self.can_add or not self.choosing.is_plain or len(changers) != 1:
             return False
         tile = self.tiles[n]
         ((_, changer),) = changers
