@@ -79,11 +79,13 @@ def recompute(evidence: Evidence) -> Iterator[Issue]:
 
 
 def _ranges(evidence: Evidence, step: Step, chunks: Sequence[list[int]]) -> Iterator[tuple[str, int, int]]:
-    """Yield the file, the first byte and the size of each row of a plain tensor of the output that is recomputed."""
+    """Yield the file, the first byte and the size of each row of the output that is recomputed; of codes those of the main part, if it
+    has rows.
+    """
     op = step.op
-    if not isinstance(op, Merge) or not op.target.is_dense:
+    if not isinstance(op, Merge) or (not op.target.is_dense and DECODERS[op.target.codec].is_across):
         return
-    for slot in step.slots:
+    for slot in step.slots if op.target.is_dense else step.slots[:1]:
         file, size = evidence.file_of(slot.file), slot.nbytes // op.view.n_rows
         for rows in chunks:
             # Of adjacent ones all are asked for together.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from typing import TYPE_CHECKING, Self
 
 from lora_merge.checks.decoding.raw import Raw
 from lora_merge.checks.gate.parts import grouped
 from lora_merge.core.report import error
 from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES
 from lora_merge.errors import CheckpointError
-from lora_merge.storage.reading import stream_of
+from lora_merge.storage.reading import read_unwatched
 from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRef
     from lora_merge.formats.written_checkpoint import Output
+    from lora_merge.storage.sources import Source
 
 _READ = 1 << 16
 """Bytes of each tensor that are looked at, from its first."""
@@ -33,20 +35,43 @@ _POSITIVE = (".weight_scale", ".weight_scale_inv", "._weight_scale", "_scales", 
 
 def scales(output: Output) -> Iterator[Issue]:
     """Yield an issue for each scale that is not finite, that is negative where none can be, or that is zero for a whole weight."""
-    for module in grouped(output.tensors()).values():
-        found = [(module.shared, True), (module.scales, False)]
-        for ref, is_shared in found if module.codes is not None else ():
-            if ref is not None and (why := _wrong(ref, is_shared=is_shared)):
-                hint = "quantise the weight again, or download the file again: it cannot be decoded"
-                yield error("bad-scale", ref.name, why, hint)
+    with _Files() as files:
+        for module in grouped(output.tensors()).values():
+            found = [(module.shared, True), (module.scales, False)]
+            for ref, is_shared in found if module.codes is not None else ():
+                if ref is not None and (why := _wrong(ref, files, is_shared=is_shared)):
+                    hint = "quantise the weight again, or download the file again: it cannot be decoded"
+                    yield error("bad-scale", ref.name, why, hint)
 
 
-def _wrong(ref: TensorRef, *, is_shared: bool) -> str:
+class _Files:
+    """Files that are opened once, though each has thousands of scales. A context: they are open inside."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._found: dict[str, Source | None] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def source(self, file: str) -> Source | None:
+        """Return a file; None where it cannot be opened."""
+        if file not in self._found:
+            self._found[file] = None
+            with contextlib.suppress(CheckpointError):
+                self._found[file] = self._stack.enter_context(open_source(file))
+        return self._found[file]
+
+
+def _wrong(ref: TensorRef, files: _Files, *, is_shared: bool) -> str:
     """Return what is wrong with a tensor of scales; empty for nothing that is seen."""
     # Scales of bitsandbytes may be codes of a table.
     if ref.dtype not in TORCH_NAMES and (ref.dtype not in _BYTES or ref.name.endswith(".absmax")):
         return ""
-    values = _values(ref)
+    values = _values(ref, files)
     if values is None or not values.numel():
         return ""
     if not values.isfinite().all():
@@ -59,18 +84,19 @@ def _wrong(ref: TensorRef, *, is_shared: bool) -> str:
     return ""
 
 
-def _values(ref: TensorRef) -> torch.Tensor | None:
+def _values(ref: TensorRef, files: _Files) -> torch.Tensor | None:
     """Return the first values of a tensor; None where its file cannot be read, which another rule says."""
     import torch
 
-    size = DTYPE_BITS[ref.dtype] // 8
+    size, source = DTYPE_BITS[ref.dtype] // 8, files.source(ref.file)
+    if source is None:
+        return None
+    content = bytearray(min(ref.nbytes, _READ) // size * size)
     try:
-        with open_source(ref.file) as source, stream_of(source) as stream:
-            stream.seek(ref.start)
-            content = stream.read(min(ref.nbytes, _READ) // size * size)
+        read_unwatched(source, memoryview(content), ref.start)
     except CheckpointError:
         return None
     if not content:
         return torch.empty(0)
-    raw = Raw(torch.frombuffer(bytearray(content), dtype=torch.uint8).view(1, -1), ref.dtype)
+    raw = Raw(torch.frombuffer(content, dtype=torch.uint8).view(1, -1), ref.dtype)
     return raw.floats(_BYTES.get(ref.dtype, ""))
