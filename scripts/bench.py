@@ -332,9 +332,19 @@ def stages_of(size: float, rounds: int, settle_s: float, cache_dir: Path) -> Non
 
 @main.command("requantised")
 @turns(1.0, 5, 2.0)
-def requantised_merges(size: float, rounds: int, settle_s: float, cache_dir: Path) -> None:
+@click.option(
+    "--scheme",
+    "schemes",
+    multiple=True,
+    default=tuple(stages.SCHEMES),
+    callback=listed(click.Choice(list(stages.SCHEMES))),
+    help="Storages of the bases; they take 2 to 5 times the size on the disk each.  [default: all]",
+)
+def requantised_merges(
+    size: float, rounds: int, settle_s: float, schemes: tuple[str, ...], cache_dir: Path
+) -> None:
     """Time merges that keep the storage of a quantised base, and verify, against BF16 bases of as many bytes."""
-    tell(requantised.rounds_of(cache_dir.absolute(), size, rounds, settle_s))
+    tell(requantised.rounds_of(cache_dir.absolute(), size, schemes, rounds, settle_s))
 
 
 @main.command()

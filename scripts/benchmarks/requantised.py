@@ -18,7 +18,7 @@ from benchmarks.stages import SCHEMES, quantised_place
 from benchmarks.stored import RANK, adapter_place, merging
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 FIRST = "bf16, nearest"
 """What the others are compared with."""
@@ -54,10 +54,11 @@ class Run:
     verify: Sample
 
 
-def sides(cache: Path, size_gb: float) -> list[Side]:
+def sides(cache: Path, size_gb: float, schemes: Iterable[str]) -> list[Side]:
     """Build what is missing, and return the merges. Every base has about the same bytes."""
     found = []
-    for name, nbytes in {"bf16": 2.0, **SCHEMES}.items():
+    for name in ("bf16", *schemes):
+        nbytes = SCHEMES.get(name, 2.0)
         weights_gb = size_gb * 2 / nbytes
         plain = base_place(cache, Case(weights_gb, "bfloat16", "all", RANK))
         adapter = adapter_place(cache, f"{weights_gb:g}GB-bf16", plain, shape_for(weights_gb, "bfloat16"))
@@ -70,14 +71,16 @@ def sides(cache: Path, size_gb: float) -> list[Side]:
     return found
 
 
-def rounds_of(cache: Path, size_gb: float, n_rounds: int, settle_s: float) -> Iterator[str]:
+def rounds_of(
+    cache: Path, size_gb: float, schemes: Iterable[str], n_rounds: int, settle_s: float
+) -> Iterator[str]:
     """Yield a line about each round; then print a table of medians. Every command is a fresh process, and inputs are in the page
     cache.
 
     Raises:
         RunError: a command fails.
     """
-    todo, root = sides(cache, size_gb), cache / "requantised"
+    todo, root = sides(cache, size_gb, schemes), cache / "requantised"
     out = root / "out"
     found: dict[str, list[Run]] = {side.name: [] for side in todo}
     for n in range(1, n_rounds + 1):
