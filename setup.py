@@ -10,7 +10,8 @@ setup(
             "lora_merge.native._kernels",
             [f"{NATIVE}/kernels.c"],
             depends=[
-                f"{NATIVE}/{name}.inc" for name in ("rounding", "decoding", "adding", "summing", "projecting")
+                f"{NATIVE}/{name}.inc"
+                for name in ("rounding", "decoding", "computing", "adding", "summing", "projecting")
             ],
             extra_compile_args=["-O3", "-ffp-contract=fast"],
             # Without a compiler the package is installed without them, and torch does the same.

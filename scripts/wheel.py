@@ -21,6 +21,7 @@ SOURCES = (
     "native/kernels.c",
     "native/rounding.inc",
     "native/decoding.inc",
+    "native/computing.inc",
     "native/adding.inc",
     "native/summing.inc",
     "native/projecting.inc",

@@ -114,7 +114,7 @@ class Fp4(Coded):
             keep_signs_of_zeros_(out[WEIGHT], stored[WEIGHT], E2M1_SIGNS)
 
         kept, before = (part.view(lines.n, -1) for part in (out[WEIGHT], stored[WEIGHT]))
-        codes = Codes.of(kept, 4, stored=before)
+        codes = Codes.of(kept, 4, stored=before, keeps_signs=True, levels=values_of_e2m1())
         return stored_at_once(stored_grid(E2M1, pack, unpack, scale, group=of.group), scale, codes)
 
     def fresh(

@@ -32,11 +32,24 @@ class Codes:
     """What is added to a whole number, whose lower bits are its code."""
 
     stored: torch.Tensor | None = None
-    """The codes before: a zero that stays one keeps its sign. None where there is one zero."""
+    """The codes before, on a stored grid."""
+
+    keeps_signs: bool = False
+    """True where a zero that stays one keeps its sign; False where there is one zero."""
+
+    levels: torch.Tensor | None = None
+    """The level of each code, float32 ``[2^bits]``, where compiled code may read the values from what is stored."""
 
     @classmethod
     def of(
-        cls, out: torch.Tensor, bits: int, *, offset: int = 0, stored: torch.Tensor | None = None
+        cls,
+        out: torch.Tensor,
+        bits: int,
+        *,
+        offset: int = 0,
+        stored: torch.Tensor | None = None,
+        keeps_signs: bool = False,
+        levels: torch.Tensor | None = None,
     ) -> Codes | None:
         """Return the place of codes that are stored as bytes or words ``[lines, …]``; None if they are not in one piece."""
         import torch
@@ -45,7 +58,7 @@ class Codes:
         if not all(part.is_contiguous() and part.dim() == 2 and part.numel() for part in parts):
             return None
         seen = [part.view(torch.uint8) for part in parts]
-        return cls(seen[0], bits, offset, seen[1] if stored is not None else None)
+        return cls(seen[0], bits, offset, seen[1] if stored is not None else None, keeps_signs, levels)
 
 
 class Packed(NamedTuple):

@@ -120,7 +120,9 @@ class PackedInt(Coded):
             zero=_zeros(lines, stored["zero"], bits) if settings["zero"] else None,
             group=grouping(stored["g_idx"]) if _has_index(stored) else int(settings["group"]),
         )
-        codes = Codes.of(out[WEIGHT], bits, offset=offset) if bits in {4, 8} else None
+        codes, table = None, whole_numbers(bits, offset)
+        if bits in {4, 8}:
+            codes = Codes.of(out[WEIGHT], bits, offset=offset, stored=stored[WEIGHT], levels=table)
         return stored_at_once(found, scale, codes)
 
     def fresh(

@@ -93,7 +93,7 @@ class Scaled(Coded):
         lines, of = lines_of(tile), _settings(storage)
         values = out.view(lines.n, lines.width)
         scale = _scale(lines, parts, of)
-        table = signed_bytes() if of.codes == "I8" else values_of_codes(of.codes, parts[WEIGHT].device)
+        table = _table(of, parts[WEIGHT].device)
         codes, is_e4m3 = parts[WEIGHT].view(lines.n, -1), of.codes == "F8_E4M3"
         if decode(codes, table, scale, values, group=of.block_columns, is_e4m3=is_e4m3):
             return
@@ -126,8 +126,9 @@ class Scaled(Coded):
         # A grid has a row of scales for each line, and `_scale` one row where all share it.
         scale = scale.expand(lines.n, -1)
         found = stored_grid(LATTICES[of.codes], pack, unpack, scale, group=of.block_columns)
-        before = None if of.codes == "I8" else stored[WEIGHT].view(kept.shape)
-        return stored_at_once(found, scale, Codes.of(kept, 8, stored=before))
+        before, levels = stored[WEIGHT].view(kept.shape), _table(of, scale.device)
+        codes = Codes.of(kept, 8, stored=before, keeps_signs=of.codes != "I8", levels=levels)
+        return stored_at_once(found, scale, codes)
 
     def fresh(
         self,
@@ -158,6 +159,11 @@ def _levels(parts: Mapping[str, torch.Tensor], of: _Settings, out: torch.Tensor)
         out.copy_(parts[WEIGHT])
     else:
         look_up(parts[WEIGHT], of.codes, out)
+
+
+def _table(of: _Settings, device: torch.device) -> torch.Tensor:
+    """Return what each byte is before any scale, float32 ``[256]``."""
+    return signed_bytes() if of.codes == "I8" else values_of_codes(of.codes, device)
 
 
 def _scale(lines: Lines, parts: Mapping[str, torch.Tensor], of: _Settings) -> torch.Tensor:

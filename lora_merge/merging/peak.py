@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.plan import Copy, Merge
 from lora_merge.core.view import PANEL_ELEMENTS, TILE_ELEMENTS, Block, Spread
-from lora_merge.merging.worker import needs_torch
+from lora_merge.merging.worker import needs_torch, tiles_of
 from lora_merge.rounding.adapter import workspace_bytes
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _step_bytes(step: Step, tile_elements: int | None) -> int:
         case Copy():
             return 4 * TILE_ELEMENTS
         case Merge() as op:
-            tiles = op.tiles(tile_elements)
+            tiles = tiles_of(op, tile_elements)
             elements = max((end - start for start, end in tiles), default=0) * op.view.columns
             factors = max((sum(map(_factor_bytes, found)) for found in _together(op, tiles)), default=0)
             panel = 8 * PANEL_ELEMENTS if op.reach == "columns" else 0

@@ -47,10 +47,42 @@ struct sweep {
     const float *shares;  /* [columns] */
 };
 
+/* Lines of codes, and where their values go: (table[code] - zero) * scale. */
+struct coded {
+    int64_t n_lines, n_columns;
+    const uint8_t *codes;
+    int64_t code_stride; /* in bytes */
+    int32_t bits;        /* 4 or 8 */
+    const float *table;  /* [16] or [256] */
+    const float *scale;  /* [lines, groups] */
+    int64_t scale_stride;
+    const float *zero;   /* the same; or NULL for 0 */
+    int64_t zero_stride;
+    int64_t group;       /* columns of a group; an even number, or all */
+    int32_t is_e4m3;     /* what the table says, for an instruction that is quicker */
+    float *values;
+    int64_t stride;
+};
+
+/* Rows of bfloat16, or of a job, to which scale · left · right is added. */
+struct product {
+    int64_t n_rows, n_columns;
+    const uint16_t *base;
+    uint16_t *out;
+    const float *left;   /* [n_rows, rank] */
+    int64_t left_stride; /* between rows */
+    const float *right;  /* [rank, n_columns] */
+    int64_t right_stride;
+    int32_t rank;
+    float scale;
+};
+
 struct job {
     int64_t n_lines, n_columns;
-    const float *values;
+    const float *values;             /* or NULL: they are computed from the next two */
     int64_t stride;                  /* between lines, in float32 */
+    const struct coded *coded;       /* what they are before the change */
+    const struct product *product;   /* the change */
     const float *scale, *zero, *bias; /* [lines, groups], or NULL for 1, 0, 0 */
     int64_t scale_stride, zero_stride, bias_stride; /* 0 where lines share them */
     const int32_t *group;            /* of each column */
@@ -71,36 +103,6 @@ struct job {
     float *error;                    /* [lines, rank] */
 };
 
-/* Lines of codes, and where their values go: (table[code] - zero) * scale. */
-struct coded {
-    int64_t n_lines, n_columns;
-    const uint8_t *codes;
-    int64_t code_stride; /* in bytes */
-    int32_t bits;        /* 4 or 8 */
-    const float *table;  /* [16] or [256] */
-    const float *scale;  /* [lines, groups] */
-    int64_t scale_stride;
-    const float *zero;   /* the same; or NULL for 0 */
-    int64_t zero_stride;
-    int64_t group;       /* columns of a group; an even number, or all */
-    int32_t is_e4m3;     /* what the table says, for an instruction that is quicker */
-    float *values;
-    int64_t stride;
-};
-
-/* Rows of bfloat16, to which scale · left · right is added. */
-struct product {
-    int64_t n_rows, n_columns;
-    const uint16_t *base;
-    uint16_t *out;
-    const float *left;   /* [n_rows, rank] */
-    int64_t left_stride; /* between rows */
-    const float *right;  /* [rank, n_columns] */
-    int64_t right_stride;
-    int32_t rank;
-    float scale;
-};
-
 /* Rows of float32, wherever they begin in memory, some columns of which are multiplied by weights. */
 struct projected {
     int64_t n_rows, n_groups; /* adjacent groups of columns */
@@ -113,7 +115,7 @@ struct projected {
 };
 
 /* Changes with every change of a struct or a function: `library.py` knows the same number, and leaves a library with another one alone. */
-int lines_version(void) { return 4; }
+int lines_version(void) { return 5; }
 
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
@@ -128,8 +130,9 @@ int lines_version(void) { return 4; }
 #endif
 #define LANES 16
 #define N(name) PASTE(name, _512)
-#include "rounding.inc"
 #include "decoding.inc"
+#include "computing.inc"
+#include "rounding.inc"
 #include "adding.inc"
 #include "summing.inc"
 #include "projecting.inc"
@@ -145,8 +148,9 @@ int lines_version(void) { return 4; }
 #endif
 #define LANES 8
 #define N(name) PASTE(name, _256)
-#include "rounding.inc"
 #include "decoding.inc"
+#include "computing.inc"
+#include "rounding.inc"
 #include "adding.inc"
 #include "summing.inc"
 #include "projecting.inc"
@@ -199,8 +203,9 @@ void lines_decode(const struct coded *of, int lanes) {
 
 #define LANES 4
 #define N(name) PASTE(name, _128)
-#include "rounding.inc"
 #include "decoding.inc"
+#include "computing.inc"
+#include "rounding.inc"
 #include "adding.inc"
 #include "summing.inc"
 #include "projecting.inc"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SWITCH = "LORA_MERGE_NATIVE"
 """Environment variable: ``0`` leaves the library out."""
 
-VERSION = 4
+VERSION = 5
 """``lines_version`` of ``kernels.c``. A library that was compiled from other sources takes other structures."""
 
 STRIP = 64
@@ -55,6 +55,8 @@ class Job(ctypes.Structure):
         ("n_columns", _long),
         ("values", _pointer),
         ("stride", _long),
+        ("coded", _pointer),
+        ("product", _pointer),
         ("scale", _pointer),
         ("zero", _pointer),
         ("bias", _pointer),

@@ -11,8 +11,9 @@ import ctypes
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.codecs.lattice import PLAIN, Floats, Integers
-from lora_merge.native.library import STRIP, Job, Lattice, Sweep, library
+from lora_merge.codecs.lattice import E4M3, PLAIN, Floats, Integers
+from lora_merge.native.library import STRIP, Coded, Job, Lattice, Sweep, library
+from lora_merge.native.library import Product as Call
 from lora_merge.rounding.bands import REACH
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def round_to_levels(
         return None
     if out.stride(1) != 1 or not out.is_cpu:
         return None
-    return _rounded(values, grid, schedule, target, is_fed_back=True)
+    if not values.is_cpu or not values.numel() or values.stride(1) != 1:
+        return None
+    return _rounded(_shown(values), grid, schedule, target, is_fed_back=True)
 
 
 def round_to_codes(
@@ -66,9 +69,95 @@ def round_to_codes(
         return None
     if not is_fed_back and grid.quotient is not None:
         return None
-    used = -(-values.shape[1] * codes.bits // 8)
+    if not values.is_cpu or not values.numel() or values.stride(1) != 1:
+        return None
     assert len(codes.out) == len(values), "a tile's codes are stored as a whole"
-    error = _rounded(values, grid, schedule, _places(codes), is_fed_back=is_fed_back)
+    return _stored(_shown(values), grid, codes, schedule, is_fed_back=is_fed_back)
+
+
+def merge_codes(
+    grid: Grid,
+    schedule: Schedule,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    factor: float,
+    *,
+    is_fed_back: bool = True,
+) -> torch.Tensor | None:
+    """Round what the stored codes of a whole tile stand for, with ``factor · left @ right`` added, and store the new codes. A few lines
+    are computed at a time: no tile of values is in memory. Return the error, or None: then nothing is stored.
+
+    Args:
+        grid: of the tile, on its stored scales.
+        schedule: of the adapter's row space.
+        left: float32 ``[lines, r]``.
+        right: float32 ``[r, in]``.
+        factor: of their product.
+        is_fed_back: as in `round_to_codes`.
+    """
+    codes = grid.codes
+    if codes is None or codes.stored is None or codes.levels is None or grid.scale is None:
+        return None
+    if not codes.out.is_cpu or grid.bias is not None or not isinstance(grid.group, int):
+        return None
+    if left.stride(1) != 1 or right.stride(1) != 1:
+        return None
+    (n_lines, _), n_columns = left.shape, right.shape[1]
+    assert codes.out.shape == codes.stored.shape, "a tile's codes are stored as a whole"
+    assert len(codes.out) == n_lines
+    if not n_lines * n_columns or (codes.bits == 4 and grid.group % 2):
+        return None
+    scale, zero = _side_by_side(grid.scale), None if grid.zero is None else _side_by_side(grid.zero)
+    coded = Coded(
+        n_lines=n_lines,
+        n_columns=n_columns,
+        codes=codes.stored.data_ptr(),
+        code_stride=codes.stored.stride(0),
+        bits=codes.bits,
+        table=codes.levels.data_ptr(),
+        scale=scale.data_ptr(),
+        scale_stride=_stride(scale),
+        zero=None if zero is None else zero.data_ptr(),
+        zero_stride=0 if zero is None else _stride(zero),
+        group=grid.group or n_columns,
+        is_e4m3=grid.lattice == E4M3,
+    )
+    added = Call(
+        n_rows=n_lines,
+        n_columns=n_columns,
+        left=left.data_ptr(),
+        left_stride=left.stride(0),
+        right=right.data_ptr(),
+        right_stride=right.stride(0),
+        rank=len(right),
+        scale=factor,
+    )
+    source = {
+        "n_lines": n_lines,
+        "n_columns": n_columns,
+        "coded": ctypes.addressof(coded),
+        "product": ctypes.addressof(added),
+    }
+    return _stored(source, grid, codes, schedule, is_fed_back=is_fed_back)
+
+
+def _shown(values: torch.Tensor) -> dict[str, Any]:
+    """Return the fields of a job that say where its values are."""
+    n_lines, n_columns = values.shape
+    return {
+        "n_lines": n_lines,
+        "n_columns": n_columns,
+        "values": values.data_ptr(),
+        "stride": values.stride(0),
+    }
+
+
+def _stored(
+    source: dict[str, Any], grid: Grid, codes: Codes, schedule: Schedule, *, is_fed_back: bool
+) -> torch.Tensor | None:
+    """Round what a source has, and store the codes."""
+    error = _rounded(source, grid, schedule, _places(codes), is_fed_back=is_fed_back)
+    used = -(-source["n_columns"] * codes.bits // 8)
     if error is not None and used < codes.out.shape[1]:
         # What is left of the last word is 0, as `lora_merge.codecs.bits.pack` has it; the buffer is that of earlier tiles.
         codes.out[:, used:].zero_()
@@ -76,7 +165,7 @@ def round_to_codes(
 
 
 def _places(codes: Codes) -> dict[str, Any]:
-    stored = codes.stored
+    stored = codes.stored if codes.keeps_signs else None
     return {
         "codes": codes.out.data_ptr(),
         "code_stride": codes.out.stride(0),
@@ -87,18 +176,18 @@ def _places(codes: Codes) -> dict[str, Any]:
 
 
 def _rounded(
-    values: torch.Tensor, grid: Grid, schedule: Schedule, target: dict[str, Any], *, is_fed_back: bool
+    source: dict[str, Any], grid: Grid, schedule: Schedule, target: dict[str, Any], *, is_fed_back: bool
 ) -> torch.Tensor | None:
     found = library()
     lattice = _lattice(grid.lattice)
-    if found is None or lattice is None or not values.is_cpu or not values.numel() or values.stride(1) != 1:
+    if found is None or lattice is None:
         return None
-    n_lines, n_columns = values.shape
+    n_lines, n_columns = source["n_lines"], source["n_columns"]
     flat = schedule.flat
     pulls = flat.pulls if is_fed_back else None
     assert is_fed_back == (pulls is not None), "a schedule without feedback is for the nearest levels"
     group = _group(n_columns, grid.group) if isinstance(grid.group, int) else grid.group.int().contiguous()
-    error = values.new_empty(n_lines, len(schedule.basis))
+    error = schedule.basis.new_empty(n_lines, len(schedule.basis))
     sweeps = (Sweep * len(flat.sweeps))(
         *(Sweep(s.sizes.data_ptr(), s.pulls.data_ptr(), s.shares.data_ptr()) for s in flat.sweeps)
     )
@@ -109,10 +198,6 @@ def _rounded(
     }
     found.round(
         Job(
-            n_lines=n_lines,
-            n_columns=n_columns,
-            values=values.data_ptr(),
-            stride=values.stride(0),
             group=group.data_ptr(),
             lattice=lattice,
             rank=len(schedule.basis),
@@ -124,11 +209,17 @@ def _rounded(
             sweeps=ctypes.addressof(sweeps),
             error=error.data_ptr(),
             **{name: part.data_ptr() for name, part in parts.items()},
-            **{f"{name}_stride": part.stride(0) if len(part) > 1 else 0 for name, part in parts.items()},
+            **{f"{name}_stride": _stride(part) for name, part in parts.items()},
+            **source,
             **target,
         )
     )
     return error
+
+
+def _stride(part: torch.Tensor) -> int:
+    """Return the distance of two lines; 0 where all share one."""
+    return part.stride(0) if len(part) > 1 else 0
 
 
 def _side_by_side(part: torch.Tensor) -> torch.Tensor:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_merge.codecs.grid import Packed
 from lora_merge.deltas import keeps_effect
 from lora_merge.merging.worker.spans import Spans
 from lora_merge.rounding.adapter import round_adapter
-from lora_merge.rounding.compiled import round_to_codes
+from lora_merge.rounding.compiled import merge_codes, round_to_codes
 from lora_merge.rounding.stochastic import round_stochastic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import torch
 
     from lora_merge.codecs.grid import Grid
     from lora_merge.core.plan import Merge
-    from lora_merge.deltas.algebra import Changer
+    from lora_merge.deltas.algebra import Changer, Product
     from lora_merge.merging.worker.spans import Span
     from lora_merge.rounding.bands import Memory
 
@@ -43,10 +44,15 @@ class Choosing:
         self._is_sum = op.combination is None and all(
             delta.facts.is_sum and delta.facts.sees_by_factor for delta in op.deltas
         )
+        is_known = self._rounding is None or is_adapter
+        self.can_merge = op.on_stored_grid and self._is_accounted and self._is_sum and is_known
+        """True where compiled code may choose codes and add the change at once, as far as is known."""
         self._before: torch.Tensor | None = None
         # On the device: a number would wait for a GPU in the middle of the loop.
         self._effects: list[torch.Tensor] = []
         self._errors: list[torch.Tensor] = []
+        self._products: list[Span] = []
+        """Whose change is of the form B A. As a whole it lies in the row space of A."""
         # First output of a span whose inputs come in several tiles → what is seen of the error and of the change so far.
         self._sums: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
 
@@ -129,9 +135,50 @@ class Choosing:
         error = round_to_codes(values, grid, spans[0].schedule, is_fed_back=is_fed_back)
         if error is None:
             return None
+        if self._before is None:
+            return self._counted(spans[0], error)
         self._add(spans[0], values, *self._place(spans[0], start), error)
         self._before = None
         return Packed(error.sum())
+
+    def merged(
+        self, grid: Grid, product: Product, start: int, end: int, changers: Sequence[Changer]
+    ) -> Packed | None:
+        """Store the codes of a tile, computed from what it is stored as and what is added to it, if there is compiled code for that.
+
+        Args:
+            grid: of the tile, with the stored scales.
+            product: that is added.
+            start: its first row; end: the one after its last.
+            changers: of its deltas.
+        """
+        spans = self._spans_of(start, end, changers)
+        if len(spans) != 1 or self._along or spans[0].last - spans[0].first != end - start:
+            return None
+        is_fed_back = self._rounding is not None
+        error = merge_codes(
+            grid, spans[0].schedule, product.left, product.right, product.scale, is_fed_back=is_fed_back
+        )
+        if error is None:
+            # Of other tiles of the weight it would not know the grid either.
+            self.can_merge = False
+            return None
+        return self._counted(spans[0], error)
+
+    def _counted(self, span: Span, error: torch.Tensor) -> Packed:
+        """Add a tile whose codes are stored to the account; its change is a sum of products.
+
+        Args:
+            span: the tile's outputs.
+            error: of rounding, as `_add` takes it.
+        """
+        import torch
+
+        # Not finite where one of the errors is not: squares of float32 numbers are far from the ends of float64.
+        norm = torch.linalg.vector_norm(error, dtype=torch.float64)
+        self._errors.append(norm.square())
+        self._products.append(span)
+        return Packed(norm)
 
     def _account(
         self, values: torch.Tensor, grid: Grid, levels: torch.Tensor, spans: Sequence[Span], start: int
@@ -202,8 +249,7 @@ class Choosing:
         """
         self._errors.append(_squares(error))
         if self._before is None:
-            # A change of the form B A lies in the row space of A as a whole.
-            self._effects.append(_squared_length(span))
+            self._products.append(span)
             return
         change = values - self._before[rows, columns]
         seen = (change.t() if self._along else change) @ span.basis.t()
@@ -214,13 +260,28 @@ class Choosing:
         if not self._is_accounted:
             return -1.0, -1.0
         # Squares from factors may be rounded to below zero.
-        effect, error = (math.sqrt(max(sum(map(float, one)), 0.0)) for one in (self._effects, self._errors))
+        effects = [*self._effects, *map(_squared_length, _joined(self._products))]
+        effect, error = (math.sqrt(max(sum(map(float, one)), 0.0)) for one in (effects, self._errors))
         return effect, error
 
 
 def _squares(seen: torch.Tensor) -> torch.Tensor:
     # Squares of large numbers are beyond float32.
     return seen.double().square_().sum()
+
+
+def _joined(spans: Iterable[Span]) -> Iterator[Span]:
+    """Yield spans, adjacent ones with the same changes as one: what is asked of each is asked once for several tiles."""
+    before: Span | None = None
+    for span in spans:
+        if before is not None and (before.seen, before.last) == (span.seen, span.first):
+            before = replace(before, last=span.last)
+            continue
+        if before is not None:
+            yield before
+        before = span
+    if before is not None:
+        yield before
 
 
 def _squared_length(span: Span) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from lora_merge.codecs import CODECS, ENCODERS
 from lora_merge.core.tensor import TensorRecord
 from lora_merge.core.weight import WEIGHT, PartRange
-from lora_merge.merging.worker.adding import compare_added
+from lora_merge.merging.worker.adding import compare_added, may_add
 from lora_merge.merging.worker.changing import Working, change
 from lora_merge.merging.worker.workbench import Parts
 from lora_merge.storage.digests import digest_text, new_digest
@@ -111,6 +111,36 @@ class Filling:
         if self.sample.has(n):
             compare_added(self.sample, stored, frame.rounded[WEIGHT].view(stored.shape), product)
         return True
+
+    def is_merged(
+        self,
+        n: int,
+        frame: Frame,
+        stored: Mapping[str, torch.Tensor],
+        changers: Sequence[tuple[PlacedDelta, Changer]],
+    ) -> bool:
+        """Choose new codes for a tile from its stored ones, at once, if its change is a plain product. Return whether it is encoded.
+
+        Args:
+            n: its number.
+            frame: that it is encoded in.
+            stored: the parts that it was read from.
+            changers: of its rows.
+        """
+        if not self.choosing.can_merge or len(changers) != 1:
+            return False
+        ((delta, changer),), tile = changers, self.tiles[n]
+        product = changer.product(tile.start, tile.end)
+        if product is None or not may_add(len(product.right)) or delta.adapter_weight != 1:
+            return False
+
+        def choose(grid: Grid) -> Packed | None:
+            packed = self.choosing.merged(grid, product, tile.start, tile.end, [changer])
+            if packed is not None and self.sample.has(n):
+                self.sample.compare(frame, tile, stored, product, grid)
+            return packed
+
+        return frame.merge(self.codec, tile, choose, stored)
 
     def encode(
         self, frame: Frame, tile: Tile, stored: Mapping[str, torch.Tensor], changers: Sequence[Changer]
@@ -230,6 +260,8 @@ class Loop:
         # Of several outputs too: the bits of one do not depend on what else is made.
         if output.is_added(n, frame, (shared or frame).stored[WEIGHT], changers):
             watch.lap("change")
+        elif output.is_merged(n, frame, (shared or frame).stored, changers):
+            watch.lap("encode")
         else:
             self._change(output, n, frame, tile, shared, changers)
         self._under_way.append((output, n, frame, written))

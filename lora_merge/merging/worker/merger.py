@@ -22,6 +22,7 @@ from lora_merge.merging.worker.passing import Passing
 from lora_merge.merging.worker.plain import Addend, HostFrames, is_plain
 from lora_merge.merging.worker.sample import Sample
 from lora_merge.merging.worker.stopwatch import Stopwatch
+from lora_merge.merging.worker.tiling import tiles_of
 from lora_merge.merging.worker.workbench import Parts, Workbench
 from lora_merge.rounding.bands import Memory
 from lora_merge.runtime.shortage import translate_out_of_memory
@@ -258,7 +259,7 @@ class Merger:
 
     def _tiles(self, op: Merge) -> list[tuple[int, int]]:
         """Return the row ranges of a weight that are not empty."""
-        found = op.tiles(self._tile_elements)
+        found = tiles_of(op, self._tile_elements)
         return [(start, end) for start, end in found if (end - start) * op.view.columns]
 
     def _output(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_merge.codecs.grid import Grid
     from lora_merge.core.plan import Merge
     from lora_merge.core.weight import Tile
+    from lora_merge.deltas.algebra import Product
     from lora_merge.merging.worker.workbench import Frame
 
     Numbers = np.ndarray[Any, np.dtype[np.float32]]
@@ -63,7 +64,9 @@ class Sample:
         """Count the values of the rows beyond the ends of a grid, before they are rounded."""
         if self._before is None or self._saturated is not None or self._target.is_dense:
             return
-        values = self._rows(frame.values)
+        self._count(self._rows(frame.values), rows, grid)
+
+    def _count(self, values: torch.Tensor, rows: Tile, grid: Grid) -> None:
         lines = values.reshape(-1, rows.shape[-1])
         numbers, (first, last) = grid.of_lines(0, len(lines)).numbers(lines), grid.lattice.ends
         # Up to half a step of integers beyond an end, the end is the nearest level anyway.
@@ -80,15 +83,44 @@ class Sample:
         """
         if tile != self._tile or self._before is None:
             return
+        self._compare(self._before, self._rows(frame.values), self._stored(frame, rows, stored))
+
+    def compare(
+        self,
+        frame: Frame,
+        rows: Tile,
+        stored: Mapping[str, torch.Tensor],
+        product: Product,
+        grid: Grid,
+    ) -> None:
+        """Compare the same where a tile was merged past its values.
+
+        Args:
+            frame: with the encoded tile.
+            rows: which they are.
+            stored: the parts that it was read from, in the storage that is written.
+            product: that was added; grid: whose codes were stored.
+        """
+        n = self.n_compared(*frame.values.shape)
+        before = self._decoded(rows, n, stored, frame.values)
+        wanted = before.addmm(product.left[:n], product.right, alpha=product.scale)
+        self._count(wanted, rows, grid)
+        self._compare(before, wanted, self._decoded(rows, n, {**stored, **frame.rounded}, before))
+
+    def _compare(self, before: torch.Tensor, values: torch.Tensor, written: torch.Tensor) -> None:
+        """Compare the wanted change of some rows with the change that will be stored.
+
+        Args:
+            before: float32 ``[rows, columns]``; values: after the change; written: as they are stored.
+        """
         import torch
 
-        wanted = self._rows(frame.values) - self._before
-        kept = self._stored(frame, rows, stored) - self._before
+        wanted, kept = values - before, written - before
         touched = wanted != 0
         lost = (kept == 0) & touched
         saturated = self._saturated if self._saturated is not None else wanted.new_zeros(())
         # Squares of large numbers are beyond float32.
-        before, error, kept, wanted = (part.double() for part in (self._before, kept - wanted, kept, wanted))
+        before, error, kept, wanted = (part.double() for part in (before, kept - wanted, kept, wanted))
         norm = torch.linalg.vector_norm
         # On the device: reading the numbers here would wait for the GPU in the middle of the loop.
         self._found = torch.stack(
@@ -151,12 +183,19 @@ class Sample:
         """Return the rows as they will be read from the output, float32."""
         if self._target.is_dense:
             return self._rows(frame.rounded[WEIGHT]).float()
-        codec, n_rows = CODECS[self._target.codec], len(self._rows(frame.values))
+        n = self.n_compared(*frame.values.shape)
         # Where only codes are written, the scales are those that were read.
-        first, parts = beginning_of(codec, rows, n_rows, {**stored, **frame.rounded}, self._target)
-        values = frame.values.new_empty(first.end - first.start, frame.values.shape[1])
-        codec.decode(first, parts, values, self._target)
-        return values[:n_rows]
+        return self._decoded(rows, n, {**stored, **frame.rounded}, frame.values)
+
+    def _decoded(
+        self, rows: Tile, n: int, parts: Mapping[str, torch.Tensor], like: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the first rows of a tile, decoded from its parts: float32 ``[n, columns]``."""
+        codec = CODECS[self._target.codec]
+        first, own = beginning_of(codec, rows, n, parts, self._target)
+        values = like.new_empty(first.end - first.start, like.shape[1])
+        codec.decode(first, own, values, self._target)
+        return values[:n]
 
     def _rows(self, values: torch.Tensor) -> torch.Tensor:
         return values[: self.n_compared(*values.shape)]

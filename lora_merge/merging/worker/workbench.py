@@ -127,9 +127,32 @@ class Frame:
             survey: see `Encoder.grid`.
             stored: see `Encoder.grid`.
         """
+        self._sum(self._encode(codec, tile, choose, survey, stored))
+
+    def merge(
+        self,
+        codec: Encoder,
+        tile: Tile,
+        choose: Callable[[Grid], Packed | None],
+        stored: Mapping[str, torch.Tensor],
+    ) -> bool:
+        """Merge a tile into `rounded` from what it is stored as, past `values`, if compiled code can. Return whether that is done.
+
+        Args:
+            codec: of what is written.
+            tile: which rows.
+            choose: stores codes for a grid; None where it cannot.
+            stored: the parts that the tile was read from, whose scales are kept.
+        """
+        packed = choose(codec.grid(tile, self.values, self.rounded, self._target, None, stored))
+        if packed is not None:
+            self._sum(packed)
+        return packed is not None
+
+    def _sum(self, packed: Packed | None) -> None:
+        """Take the sums for `is_finite`."""
         import torch
 
-        packed = self._encode(codec, tile, choose, survey, stored)
         for part, axes, total in zip(self._floats, self._axes, self._totals, strict=True):
             if packed is not None and part is self.values:
                 total.copy_(packed.total)

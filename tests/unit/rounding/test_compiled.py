@@ -132,7 +132,11 @@ def test_floats_are_stored_as_torch_stores_them(lattice):
     levels, found = torch.empty(shape), torch.empty_like(stored)
     grid = Grid(lattice, lambda levels: None)
     for before in (None, stored):
-        round_to_codes(values, replace(grid, codes=Codes.of(found, bits, stored=before)), schedule)
+        round_to_codes(
+            values,
+            replace(grid, codes=Codes.of(found, bits, stored=before, keeps_signs=before is not None)),
+            schedule,
+        )
         round_to_levels(values, grid, schedule, levels)
         wanted = torch.empty_like(found)
         if bits == 4:
