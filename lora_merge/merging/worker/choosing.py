@@ -52,7 +52,7 @@ class Choosing:
         self._effects: list[torch.Tensor] = []
         self._errors: list[torch.Tensor] = []
         self._products: list[Span] = []
-        """Whose change is of the form B A. As a whole it lies in the row space of A."""
+        """Whose change is of the form B A: all of it is in the row space of A."""
         # First output of a span whose inputs come in several tiles → what is seen of the error and of the change so far.
         self._sums: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
 
