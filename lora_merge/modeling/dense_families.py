@@ -86,6 +86,55 @@ def linear_layers(config: Mapping[str, Any]) -> frozenset[str] | None:
     return frozenset(name.removesuffix(".weight") for name in known if name.endswith("_proj.weight"))
 
 
+def modules_of(config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[str, ...]]] | None:
+    """Return each module of the model of a ``config.json``, in the order of ``named_modules``: path → its class, as
+    `lora_merge.modeling.skeleton.Skeleton` has it, and its own parameters. None where this table does not know the model.
+    """
+    known = parameters_of(config)
+    # The class of another activation would have to be looked up.
+    if known is None or config.get("hidden_act") != "silu":
+        return None
+    names: dict[str, list[str]] = {}
+    for name in known:
+        module, _, own = name.rpartition(".")
+        names.setdefault(module, []).append(own)
+    prefix = str(config["architectures"][0]).removesuffix("ForCausalLM")
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+
+    def put(path: str, kind: str) -> None:
+        if kind not in {"Linear", "Embedding", "ModuleList", "SiLUActivation"}:
+            kind = f"{prefix}{kind}"
+        found[path] = kind, tuple(names.get(path, ()))
+
+    put("", "ForCausalLM")
+    put("model", "Model")
+    put("model.embed_tokens", "Embedding")
+    put("model.layers", "ModuleList")
+    for layer in range(config["num_hidden_layers"]):
+        for path, kind in _MODULES.items():
+            if kind != "RMSNorm" or f"model.layers.{layer}{path}" in names:
+                put(f"model.layers.{layer}{path}", kind)
+    put("model.norm", "RMSNorm")
+    put("model.rotary_emb", "RotaryEmbedding")
+    put("lm_head", "Linear")
+    return found
+
+
+_MODULES = {
+    "": "DecoderLayer",
+    ".self_attn": "Attention",
+    **{f".self_attn.{name}_proj": "Linear" for name in "qkvo"},
+    ".self_attn.q_norm": "RMSNorm",
+    ".self_attn.k_norm": "RMSNorm",
+    ".mlp": "MLP",
+    **{f".mlp.{name}_proj": "Linear" for name in ("gate", "up", "down")},
+    ".mlp.act_fn": "SiLUActivation",
+    ".input_layernorm": "RMSNorm",
+    ".post_attention_layernorm": "RMSNorm",
+}
+"""Path in a layer → class, without the family's name (transformers 5.23)."""
+
+
 def is_whole(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Return True when stored tensors are the parameters of the model, each once and none beside them.
 

@@ -1,7 +1,8 @@
 """The module tree of a model that transformers knows, without weights: classes, output embedding, ties.
 
 Most plans never need it: names and shapes on disk decide. It is built, on torch's meta device, only where
-they cannot: a square weight that may be a ``Conv1D``, ``"all-linear"``, a targeted module without tensors.
+they cannot: a square weight that may be a ``Conv1D``, ``"all-linear"``, a targeted module without tensors. Of the most common families it
+is written down (`lora_merge.modeling.dense_families`).
 Code that a checkpoint carries is never run, and nothing that it names is fetched.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 from lora_merge.core.checkpoint import config_levels
 from lora_merge.modeling.counts import excess_of
 from lora_merge.modeling.cut_off import cut_off
+from lora_merge.modeling.dense_families import modules_of
 from lora_merge.modeling.plain_config import FetchError, plain_config
 from lora_merge.runtime.packages import require
 from lora_merge.runtime.shortage import raise_if_out_of_memory
@@ -126,10 +128,30 @@ def may_share(config: Mapping[str, Any]) -> bool:
 def build_skeleton(config: Mapping[str, Any]) -> Skeleton | None:
     """Return the skeleton of a ``config.json``, or None when transformers has no class for it.
 
-    Imports transformers (seconds); allocates no weights.
+    Imports transformers (seconds), but for the most common families; allocates no weights.
     """
+    known = None if excess_of(config) else _known(config)
+    if known is not None:
+        return known
     model = meta_model(config)
     return None if model is None else _describe(model)
+
+
+def _known(config: Mapping[str, Any]) -> Skeleton | None:
+    """Return the skeleton of a model that `lora_merge.modeling.dense_families` knows."""
+    modules, is_tied = modules_of(config), config.get("tie_word_embeddings")
+    # A configuration that leaves it out means the default of its class.
+    if modules is None or not isinstance(is_tied, bool):
+        return None
+    embedding, head = "model.embed_tokens", "lm_head"
+    return Skeleton(
+        classes={path: kind for path, (kind, _) in modules.items()},
+        parameters={path: own for path, (_, own) in modules.items()},
+        input_embedding=embedding,
+        output_embedding=head,
+        transposed=frozenset(),
+        tied={f"{head}.weight": f"{embedding}.weight"} if is_tied else {},
+    )
 
 
 def need_transformers(config: Mapping[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lora_merge.modeling import skeleton as skeletons
 from lora_merge.modeling.conversion import Conversion
 from lora_merge.modeling.dense_families import is_whole, linear_layers, parameters_of
 from lora_merge.modeling.skeleton import build_skeleton, meta_model
@@ -59,6 +60,43 @@ def test_parameters_and_linear_layers_are_those_of_transformers(architecture, va
     skeleton = build_skeleton(config)
     linear = {name for name, kind in skeleton.classes.items() if kind == "Linear"}
     assert linear_layers(config) == linear - {skeleton.output_embedding}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_skeleton_is_that_of_transformers(architecture, variant, tied, monkeypatch):
+    config = config_of(architecture, {**variant, "tie_word_embeddings": tied, "hidden_act": "silu"})
+    with monkeypatch.context() as patch:
+        patch.setattr(skeletons, "meta_model", lambda config: pytest.fail("transformers was asked"))
+        found = None if parameters_of(config) is None else build_skeleton(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(skeletons, "modules_of", lambda config: None)
+        wanted = build_skeleton(config)
+    if found is None:
+        assert config.get("head_dim") is None
+        return
+    assert found == wanted
+    # In the same order, too, since messages name the first of several.
+    assert list(found.classes) == list(wanted.classes)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"hidden_act": "silu"},
+        {"hidden_act": "silu", "tie_word_embeddings": None},
+        {"hidden_act": "gelu", "tie_word_embeddings": False},
+        {"hidden_act": ["silu"], "tie_word_embeddings": False},
+        {"hidden_act": "silu", "tie_word_embeddings": 1},
+    ],
+    ids=repr,
+)
+def test_a_skeleton_that_is_not_sure_is_left_to_transformers(variant, monkeypatch):
+    asked = []
+    monkeypatch.setattr(skeletons, "meta_model", asked.append)
+    assert build_skeleton(config_of("LlamaForCausalLM", {"head_dim": 8, **variant})) is None
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("tied", [True, False])
