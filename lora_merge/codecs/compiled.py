@@ -35,45 +35,74 @@ def decode(
         zero: float32 ``[lines, groups]``; None for 0.
         is_e4m3: the table is that of ``"F8_E4M3"``, for which there is a quicker way.
     """
-    import torch
-
     found = library()
-    lines, width = out.shape
-    bits = _BITS.get(len(table))
-    if found is None or bits is None or not lines or not out.is_cpu or (bits == 4 and group % 2):
+    if found is None or not out.is_contiguous():
         return False
-    parts = [scale] if zero is None else [scale, zero]
-    if any(part.dtype != torch.float32 or not part.is_contiguous() for part in (out, table, *parts)):
+    coded = coded_of(codes, table, scale, (len(out), out.shape[1]), group=group, zero=zero, is_e4m3=is_e4m3)
+    if coded is None or not _is_float32(out):
         return False
-    if not codes.is_contiguous() or codes.shape[0] != lines:
-        return False
-    stride = codes.shape[1] * codes.element_size()
-    if stride * 8 < width * bits:
-        return False
-    found.decode(
-        Coded(
-            n_lines=lines,
-            n_columns=width,
-            codes=codes.data_ptr(),
-            code_stride=stride,
-            bits=bits,
-            table=table.data_ptr(),
-            scale=scale.data_ptr(),
-            scale_stride=_stride(scale),
-            zero=None if zero is None else zero.data_ptr(),
-            zero_stride=0 if zero is None else _stride(zero),
-            group=group or width,
-            is_e4m3=is_e4m3,
-            values=out.data_ptr(),
-            stride=width,
-        )
-    )
+    coded.values, coded.stride = out.data_ptr(), out.shape[1]
+    found.decode(coded)
     return True
 
 
-def _stride(part: torch.Tensor) -> int:
+def coded_of(
+    codes: torch.Tensor,
+    table: torch.Tensor,
+    scale: torch.Tensor,
+    shape: tuple[int, int],
+    *,
+    group: int,
+    zero: torch.Tensor | None = None,
+    is_e4m3: bool = False,
+) -> Coded | None:
+    """Return what compiled code has to know of codes to decode them, as `decode` takes it; None where it cannot. It has the addresses of
+    the tensors, and does not keep them.
+
+    Args:
+        codes: as there; table: as there; scale: as there, or one line that is expanded.
+        shape: lines, and values of each.
+        group: as there; zero: as there; is_e4m3: as there.
+    """
+    lines, width = shape
+    bits = _BITS.get(len(table))
+    if bits is None or not lines * width or (bits == 4 and group % 2):
+        return None
+    parts = [scale] if zero is None else [scale, zero]
+    if not all(map(_is_float32, (table, *parts))):
+        return None
+    if any(part.shape[1] > 1 and part.stride(1) != 1 for part in parts):
+        return None
+    if not codes.is_contiguous() or codes.shape[0] != lines:
+        return None
+    stride = codes.shape[1] * codes.element_size()
+    if stride * 8 < width * bits:
+        return None
+    return Coded(
+        n_lines=lines,
+        n_columns=width,
+        codes=codes.data_ptr(),
+        code_stride=stride,
+        bits=bits,
+        table=table.data_ptr(),
+        scale=scale.data_ptr(),
+        scale_stride=stride_of(scale),
+        zero=None if zero is None else zero.data_ptr(),
+        zero_stride=0 if zero is None else stride_of(zero),
+        group=group or width,
+        is_e4m3=is_e4m3,
+    )
+
+
+def _is_float32(part: torch.Tensor) -> bool:
+    import torch
+
+    return part.dtype == torch.float32 and part.is_cpu
+
+
+def stride_of(part: torch.Tensor) -> int:
     """Return the distance of two lines; 0 where all share one."""
-    return part.shape[1] if len(part) > 1 else 0
+    return part.stride(0) if len(part) > 1 else 0
 
 
 @lru_cache

@@ -120,9 +120,10 @@ class PackedInt(Coded):
             zero=_zeros(lines, stored["zero"], bits) if settings["zero"] else None,
             group=grouping(stored["g_idx"]) if _has_index(stored) else int(settings["group"]),
         )
-        codes, table = None, whole_numbers(bits, offset)
+        codes = None
         if bits in {4, 8}:
-            codes = Codes.of(out[WEIGHT], bits, offset=offset, stored=stored[WEIGHT], levels=table)
+            levels = whole_numbers(bits, offset)
+            codes = Codes.of(out[WEIGHT], bits, offset=offset, stored=stored[WEIGHT], levels=levels)
         return stored_at_once(found, scale, codes)
 
     def fresh(

@@ -11,8 +11,9 @@ import ctypes
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.codecs.compiled import coded_of, stride_of
 from lora_merge.codecs.lattice import E4M3, PLAIN, Floats, Integers
-from lora_merge.native.library import STRIP, Coded, Job, Lattice, Sweep, library
+from lora_merge.native.library import STRIP, Job, Lattice, Sweep, library
 from lora_merge.native.library import Product as Call
 from lora_merge.rounding.bands import REACH
 
@@ -47,9 +48,10 @@ def round_to_levels(
         return None
     if out.stride(1) != 1 or not out.is_cpu:
         return None
-    if not values.is_cpu or not values.numel() or values.stride(1) != 1:
+    source = _shown(values)
+    if source is None:
         return None
-    return _rounded(_shown(values), grid, schedule, target, is_fed_back=True)
+    return _rounded(source, grid, schedule, target, is_fed_back=True)
 
 
 def round_to_codes(
@@ -69,10 +71,11 @@ def round_to_codes(
         return None
     if not is_fed_back and grid.quotient is not None:
         return None
-    if not values.is_cpu or not values.numel() or values.stride(1) != 1:
+    source = _shown(values)
+    if source is None:
         return None
     assert len(codes.out) == len(values), "a tile's codes are stored as a whole"
-    return _stored(_shown(values), grid, codes, schedule, is_fed_back=is_fed_back)
+    return _stored(source, grid, codes, schedule, is_fed_back=is_fed_back)
 
 
 def merge_codes(
@@ -98,30 +101,24 @@ def merge_codes(
     codes = grid.codes
     if codes is None or codes.stored is None or codes.levels is None or grid.scale is None:
         return None
-    if not codes.out.is_cpu or grid.bias is not None or not isinstance(grid.group, int):
+    if grid.bias is not None or not isinstance(grid.group, int):
         return None
-    if left.stride(1) != 1 or right.stride(1) != 1:
+    if not left.is_cpu or left.stride(1) != 1 or right.stride(1) != 1:
         return None
-    (n_lines, _), n_columns = left.shape, right.shape[1]
-    assert codes.out.shape == codes.stored.shape, "a tile's codes are stored as a whole"
-    assert len(codes.out) == n_lines
-    if not n_lines * n_columns or (codes.bits == 4 and grid.group % 2):
-        return None
+    n_lines, n_columns = len(left), right.shape[1]
     scale, zero = _side_by_side(grid.scale), None if grid.zero is None else _side_by_side(grid.zero)
-    coded = Coded(
-        n_lines=n_lines,
-        n_columns=n_columns,
-        codes=codes.stored.data_ptr(),
-        code_stride=codes.stored.stride(0),
-        bits=codes.bits,
-        table=codes.levels.data_ptr(),
-        scale=scale.data_ptr(),
-        scale_stride=_stride(scale),
-        zero=None if zero is None else zero.data_ptr(),
-        zero_stride=0 if zero is None else _stride(zero),
-        group=grid.group or n_columns,
+    coded = coded_of(
+        codes.stored,
+        codes.levels,
+        scale,
+        (n_lines, n_columns),
+        group=grid.group,
+        zero=zero,
         is_e4m3=grid.lattice == E4M3,
     )
+    if coded is None:
+        return None
+    assert codes.out.shape == codes.stored.shape, "a tile's codes are stored as a whole"
     added = Call(
         n_rows=n_lines,
         n_columns=n_columns,
@@ -141,8 +138,10 @@ def merge_codes(
     return _stored(source, grid, codes, schedule, is_fed_back=is_fed_back)
 
 
-def _shown(values: torch.Tensor) -> dict[str, Any]:
-    """Return the fields of a job that say where its values are."""
+def _shown(values: torch.Tensor) -> dict[str, Any] | None:
+    """Return the fields of a job that say where its values are; None where there are none that compiled code can read."""
+    if not values.is_cpu or not values.numel() or values.stride(1) != 1:
+        return None
     n_lines, n_columns = values.shape
     return {
         "n_lines": n_lines,
@@ -209,17 +208,12 @@ def _rounded(
             sweeps=ctypes.addressof(sweeps),
             error=error.data_ptr(),
             **{name: part.data_ptr() for name, part in parts.items()},
-            **{f"{name}_stride": _stride(part) for name, part in parts.items()},
+            **{f"{name}_stride": stride_of(part) for name, part in parts.items()},
             **source,
             **target,
         )
     )
     return error
-
-
-def _stride(part: torch.Tensor) -> int:
-    """Return the distance of two lines; 0 where all share one."""
-    return part.stride(0) if len(part) > 1 else 0
 
 
 def _side_by_side(part: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Self
+from functools import cache
+from typing import TYPE_CHECKING
 
 from lora_merge.checks.decoding.raw import Raw
 from lora_merge.checks.gate.parts import grouped
@@ -14,7 +15,7 @@ from lora_merge.storage.reading import read_unwatched
 from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
 
@@ -35,43 +36,23 @@ _POSITIVE = (".weight_scale", ".weight_scale_inv", "._weight_scale", "_scales", 
 
 def scales(output: Output) -> Iterator[Issue]:
     """Yield an issue for each scale that is not finite, that is negative where none can be, or that is zero for a whole weight."""
-    with _Files() as files:
+    with contextlib.ExitStack() as stack:
+        # Once, though each file may have thousands of scales.
+        opened = cache(lambda file: stack.enter_context(open_source(file)))
         for module in grouped(output.tensors()).values():
             found = [(module.shared, True), (module.scales, False)]
             for ref, is_shared in found if module.codes is not None else ():
-                if ref is not None and (why := _wrong(ref, files, is_shared=is_shared)):
+                if ref is not None and (why := _wrong(ref, opened, is_shared=is_shared)):
                     hint = "quantise the weight again, or download the file again: it cannot be decoded"
                     yield error("bad-scale", ref.name, why, hint)
 
 
-class _Files:
-    """Files that are opened once, though each has thousands of scales. A context: they are open inside."""
-
-    def __init__(self) -> None:
-        self._stack = contextlib.ExitStack()
-        self._found: dict[str, Source | None] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def source(self, file: str) -> Source | None:
-        """Return a file; None where it cannot be opened."""
-        if file not in self._found:
-            self._found[file] = None
-            with contextlib.suppress(CheckpointError):
-                self._found[file] = self._stack.enter_context(open_source(file))
-        return self._found[file]
-
-
-def _wrong(ref: TensorRef, files: _Files, *, is_shared: bool) -> str:
+def _wrong(ref: TensorRef, opened: Callable[[str], Source], *, is_shared: bool) -> str:
     """Return what is wrong with a tensor of scales; empty for nothing that is seen."""
     # Scales of bitsandbytes may be codes of a table.
     if ref.dtype not in TORCH_NAMES and (ref.dtype not in _BYTES or ref.name.endswith(".absmax")):
         return ""
-    values = _values(ref, files)
+    values = _values(ref, opened)
     if values is None or not values.numel():
         return ""
     if not values.isfinite().all():
@@ -84,16 +65,14 @@ def _wrong(ref: TensorRef, files: _Files, *, is_shared: bool) -> str:
     return ""
 
 
-def _values(ref: TensorRef, files: _Files) -> torch.Tensor | None:
+def _values(ref: TensorRef, opened: Callable[[str], Source]) -> torch.Tensor | None:
     """Return the first values of a tensor; None where its file cannot be read, which another rule says."""
     import torch
 
-    size, source = DTYPE_BITS[ref.dtype] // 8, files.source(ref.file)
-    if source is None:
-        return None
+    size = DTYPE_BITS[ref.dtype] // 8
     content = bytearray(min(ref.nbytes, _READ) // size * size)
     try:
-        read_unwatched(source, memoryview(content), ref.start)
+        read_unwatched(opened(ref.file), memoryview(content), ref.start)
     except CheckpointError:
         return None
     if not content:

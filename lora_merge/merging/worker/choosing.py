@@ -135,11 +135,9 @@ class Choosing:
         error = round_to_codes(values, grid, spans[0].schedule, is_fed_back=is_fed_back)
         if error is None:
             return None
-        if self._before is None:
-            return self._counted(spans[0], error)
-        self._add(spans[0], values, *self._place(spans[0], start), error)
+        packed = self._add(spans[0], values, *self._place(spans[0], start), error)
         self._before = None
-        return Packed(error.sum())
+        return packed
 
     def merged(
         self, grid: Grid, product: Product, start: int, end: int, changers: Sequence[Changer]
@@ -163,22 +161,8 @@ class Choosing:
             # Of other tiles of the weight it would not know the grid either.
             self.can_merge = False
             return None
-        return self._counted(spans[0], error)
-
-    def _counted(self, span: Span, error: torch.Tensor) -> Packed:
-        """Add a tile whose codes are stored to the account; its change is a sum of products.
-
-        Args:
-            span: the tile's outputs.
-            error: of rounding, as `_add` takes it.
-        """
-        import torch
-
-        # Not finite where one of the errors is not: squares of float32 numbers are far from the ends of float64.
-        norm = torch.linalg.vector_norm(error, dtype=torch.float64)
-        self._errors.append(norm.square())
-        self._products.append(span)
-        return Packed(norm)
+        self._products.append(spans[0])
+        return self._add_error(error)
 
     def _account(
         self, values: torch.Tensor, grid: Grid, levels: torch.Tensor, spans: Sequence[Span], start: int
@@ -236,9 +220,18 @@ class Choosing:
         row = matrix * view.rows - start
         return slice(row, row + view.rows), slice(first, first + span.last - span.first)
 
+    def _add_error(self, error: torch.Tensor) -> Packed:
+        """Add the error of a span to the account, ``(stored - values) Qᵀ``; return what tells whether it is finite."""
+        import torch
+
+        # Not finite where one of the errors is not: squares of float32 numbers are far from the ends of float64.
+        norm = torch.linalg.vector_norm(error, dtype=torch.float64)
+        self._errors.append(norm.square())
+        return Packed(norm)
+
     def _add(
         self, span: Span, values: torch.Tensor, rows: slice, columns: slice, error: torch.Tensor
-    ) -> None:
+    ) -> Packed:
         """Add a span to the account.
 
         Args:
@@ -247,13 +240,14 @@ class Choosing:
             rows: of the tile; columns: of it.
             error: ``(stored - values) Qᵀ``, float32 ``[outputs, r]``.
         """
-        self._errors.append(_squares(error))
+        packed = self._add_error(error)
         if self._before is None:
             self._products.append(span)
-            return
+            return packed
         change = values - self._before[rows, columns]
         seen = (change.t() if self._along else change) @ span.basis.t()
         self._effects.append(_squares(seen))
+        return packed
 
     def effect(self) -> tuple[float, float]:
         """Return ‖ΔQᵀ‖ and ‖(Δ′ - Δ)Qᵀ‖ over all tiles; -1 for both where nothing was kept account of."""

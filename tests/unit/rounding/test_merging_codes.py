@@ -177,7 +177,9 @@ def test_what_is_left_of_the_last_word_is_zero():
     assert (wide[1][:, 18:] == 0).all()
 
 
-@pytest.mark.parametrize("what", ["levels", "stored", "bias", "index", "odd groups", "turned factor"])
+@pytest.mark.parametrize(
+    "what", ["levels", "stored", "bias", "index", "odd groups", "turned factor", "other lines"]
+)
 def test_the_rest_is_left_to_others(what):
     grid, (left, right) = drawn("int4", 16, 60, 20), factors(16, 60, 4)
     schedule = without_feedback(row_space([right]))
@@ -188,8 +190,11 @@ def test_the_rest_is_left_to_others(what):
         "index": lambda: replace(grid, group=torch.zeros(60, dtype=torch.int32)),
         "odd groups": lambda: replace(grid, group=15),
         "turned factor": lambda: grid,
+        "other lines": lambda: grid,
     }[what]()
     if what == "turned factor":
         left = left.t().contiguous().t()
+    elif what == "other lines":  # a convolution's rows have several lines each
+        left = left[:8]
     assert merge_codes(changed, schedule, left, right, 0.5, is_fed_back=False) is None
     assert (grid.codes.out == 0x55).all()
