@@ -13,9 +13,9 @@ products s·BA is recorded as √(b (AAᵀ) bᵀ), whose square is off by about 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import TYPE_CHECKING
 
+from lora_merge.checks.effect_norms import Norms, Sums, share_of
 from lora_merge.checks.spans import Basis, Spans
 from lora_merge.core.report import error, note
 
@@ -32,48 +32,13 @@ if TYPE_CHECKING:
 
 _FLOAT32 = 2.0**-24
 
-_SUMS = 16
-"""Standard errors of a float32 sum that are accepted."""
-
 _NUMBERS = 4
 """Roundings of a value that is divided by its scale, and multiplied again."""
-
-_DIGITS = 1e-6
-"""Relative difference: a manifest has nine digits."""
-
-_FEW_ROWS = 8
-_UNLIKE = 32
-"""Of at least `_FEW_ROWS` rows, how many times the recorded norm of as many rows theirs may be: scales differ from row to row."""
 
 _MOST_RANKS = 1 / 16
 """Directions that an adapter sees, by inputs: with more of them a coarse grid may lose as much as the nearest numbers."""
 
 _FEW_VALUES = 1024
-_LOST = 0.1
-"""Share of the effect that the nearest numbers must lose before it is a fault that the stored ones lose as much."""
-
-
-@dataclass(slots=True)
-class _Sums:
-    """Squares, over all outputs that were seen; and how far off what was recorded of them may be."""
-
-    error: float = 0.0
-    nearest: float = 0.0
-    within: float = 0.0
-    """``nearest``, of the values alone that have numbers on both sides: others cannot become larger."""
-
-    steps: float = 0.0
-    """What one value's step changes of the effect. Where all of the effect is less, no choice of numbers keeps it."""
-
-    effect: float = 0.0
-    error_off: float = 0.0
-    effect_off: float = 0.0
-    square_off: float = 0.0
-    is_narrow: bool = False
-    """True if the adapter sees more than `_MOST_RANKS` of the directions of some inputs."""
-
-    n_rows: int = 0
-    n_values: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,7 +118,7 @@ class Effect:
         self._op, self._is_whole = op, is_whole
         self._is_adapter = op.rounding is not None and op.rounding.method == "adapter"
         self._spans = Spans(reader, op) if self._is_adapter or not op.target.is_dense else None
-        self._sums = _Sums()
+        self._sums = Sums()
         self._turned: dict[tuple[int, int], tuple[Basis, slice, _Seen]] = {}
 
     @property
@@ -267,7 +232,7 @@ class Effect:
         assert self._spans is not None
         sums, rank, n = self._sums, len(basis.rows), self._spans.n_inputs
         sums.is_narrow |= rank > _MOST_RANKS * n
-        share = _SUMS * _FLOAT32 * sqrt(n * rank) + basis.off
+        share = share_of(n, rank) + basis.off
         sums.error += float(seen.error.square().sum())
         sums.nearest += float(seen.nearest.square().sum())
         sums.within += float(seen.within.square().sum())
@@ -294,7 +259,7 @@ class Effect:
             record: what the merge recorded of it, if that is known.
         """
         self._finish()
-        found = _Norms.of(self._sums)
+        found = Norms.of(self._sums)
         # Where the adapter sees a good part of all directions, rounding cannot keep its effect.
         is_told = self._sums.n_values >= _FEW_VALUES and not self._sums.is_narrow
         if self._is_adapter and is_told and found.is_lost():
@@ -318,64 +283,3 @@ class Effect:
             return None
         hint = "merge again: the tensor and its record in the manifest are not from the same merge"
         return error("wrong-effect", name, wrong, hint)
-
-
-@dataclass(frozen=True, slots=True)
-class _Norms:
-    """The roots of the sums."""
-
-    error: float
-    nearest: float
-    within: float
-    steps: float
-    effect: float
-    error_off: float
-    effect_off: float
-
-    @classmethod
-    def of(cls, sums: _Sums) -> _Norms:
-        effect = sqrt(sums.effect)
-        # |√(E² + δ) - E| is at most √δ, and at most δ / E.
-        root = min(sqrt(sums.square_off), sums.square_off / effect if effect else sums.square_off)
-        return cls(
-            sqrt(sums.error),
-            sqrt(sums.nearest),
-            sqrt(sums.within),
-            sqrt(sums.steps),
-            effect,
-            sqrt(sums.error_off),
-            sqrt(sums.effect_off) + root,
-        )
-
-    @property
-    def lost(self) -> str:
-        """The share of the effect that is lost, in words."""
-        return f"{self.error / self.effect:.0%}" if self.effect else "all"
-
-    def is_lost(self) -> bool:
-        """Return True where the stored numbers lose as much of the effect as the nearest would, that is much, and others would
-        keep more: the effect is not below the steps of the grid, and not beyond its last numbers.
-        """
-        is_much = self.within > max(_LOST * self.effect, 4 * self.error_off, self.steps)
-        return is_much and self.error + self.error_off >= self.nearest
-
-    def against(self, record: Survival, sums: _Sums, n_rows: int, *, is_whole: bool) -> str:
-        """Return what differs from a record, as a sentence; empty where nothing does."""
-        for what, found, recorded, off in (
-            ("the error of the adapter's effect is", self.error, record.effect_error, self.error_off),
-            ("the adapter's effect is", self.effect, record.effect_norm, self.effect_off),
-        ):
-            room = off + _DIGITS * recorded
-            most = recorded + room
-            where = f"in {sums.n_rows} of {n_rows} rows"
-            if is_whole:
-                # Negated, so that NaN is wrong.
-                if not abs(found - recorded) <= room:
-                    return f"{what} {found:.6g}, expected {recorded:.6g} ± {room:.2g} as recorded"
-            elif not found <= most:
-                return f"{what} {found:.6g} {where}, expected at most {recorded:.6g}, which is recorded for all rows"
-            elif sums.n_rows >= _FEW_ROWS and what.startswith("the error"):
-                share = recorded * sqrt(sums.n_rows / n_rows)
-                if not found <= _UNLIKE * share + off:
-                    return f"{what} {found:.6g} {where}, expected about {share:.2g} by the record of all rows"
-        return ""

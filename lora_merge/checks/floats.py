@@ -32,9 +32,13 @@ def floats_of(ref: TensorRef) -> Numbers:
 
 def floats_at(source: Source, start: int, n_bytes: int, rows: Sequence[int], dtype: str) -> Numbers | None:
     """Return rows of ``n_bytes`` each as float32; None where their dtype is none of those that merge."""
+    return numbers_in(content_of(source, start, n_bytes, rows), dtype, len(rows))
+
+
+def numbers_in(content: bytearray, dtype: str, n_rows: int) -> Numbers | None:
+    """Return the bytes of some rows as float32, as `floats_at` does."""
     import numpy as np
 
-    content = content_of(source, start, n_bytes, rows)
     match dtype:
         case "BF16":  # the upper half of a float32
             found = (np.frombuffer(content, "<u2").astype("<u4") << 16).view(np.float32)
@@ -44,4 +48,4 @@ def floats_at(source: Source, start: int, n_bytes: int, rows: Sequence[int], dty
             found = np.frombuffer(content, "<f4")
         case _:
             return None
-    return found.reshape(len(rows), -1)
+    return found.reshape(n_rows, -1)

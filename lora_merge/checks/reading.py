@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lora_merge.checks.contents import content_at, content_of
 from lora_merge.checks.decoding import DECODERS, Raw
@@ -44,6 +44,15 @@ Within = tuple[int, int] | None
 """The first byte of each row that is wanted, and the one after the last; None for all of them."""
 
 _CODES = {f"torch.{name}": code for code, name in STORED_TYPES.items()}
+
+
+class Bytes(NamedTuple):
+    """Rows of a stored tensor, one after the other."""
+
+    content: bytearray
+
+    dtype: str
+    """What the file says they are, a safetensors code."""
 
 
 class Tensors(Protocol):
@@ -159,6 +168,18 @@ class Reader:
         file = self._file(ref.file)
         return file.floats_rows(ref.name, rows, n_rows) if isinstance(file, _Safetensors) else None
 
+    def bytes_source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> Bytes | None:
+        """Return the bytes of some rows of a tensor of base or adapter, found by its place, without torch. None where the file is
+        pickled.
+        """
+        file = self._file(ref.file)
+        return file.bytes_source(ref, rows, n_rows) if isinstance(file, _Safetensors) else None
+
+    def bytes_rows(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> Bytes | None:
+        """Return the same of a tensor of the output, found by its name."""
+        file = self._file(ref.file)
+        return file.bytes_rows(ref.name, rows, n_rows) if isinstance(file, _Safetensors) else None
+
     def _file(self, file: str) -> _Safetensors | _Pickled:
         with self._opening:
             if file not in self._open:
@@ -265,6 +286,15 @@ class _Safetensors:
 
     def floats_source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> Numbers | None:
         return floats_at(self._source, ref.start, ref.nbytes // n_rows, rows, self._dtype_at(ref.start))
+
+    def bytes_rows(self, name: str, rows: Sequence[int], n_rows: int) -> Bytes:
+        start, nbytes, dtype = self._named(name)
+        return Bytes(content_of(self._source, start, nbytes // n_rows, rows), dtype)
+
+    def bytes_source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> Bytes:
+        return Bytes(
+            content_of(self._source, ref.start, ref.nbytes // n_rows, rows), self._dtype_at(ref.start)
+        )
 
     def _named(self, name: str) -> tuple[int, int, str]:
         """Return the place, the bytes and the dtype of a tensor."""

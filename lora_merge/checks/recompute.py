@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from functools import reduce
-from itertools import groupby
+from itertools import chain, groupby
 from math import inf, isfinite
 from operator import itemgetter, or_
 from typing import TYPE_CHECKING
 
 from lora_merge.checks.bounds import Wanted
 from lora_merge.checks.choosing import chosen_rows, has_formula
+from lora_merge.checks.coded_rows import CodedRows
 from lora_merge.checks.decoding import DECODERS
 from lora_merge.checks.effect import Effect
 from lora_merge.checks.formulas import Site, changed, combined
@@ -163,6 +164,7 @@ class _Compared:
         self._written = _written(evidence, step)
         self._scales = Scales.of(self._op, self._written, reader)
         self._plain = PlainRows(reader, self._op, self._written) if PlainRows.applies(self._op) else None
+        self._coded = CodedRows(reader, self._op, self._written) if CodedRows.applies(self._op) else None
 
     def problems(self, chunks: Sequence[list[int]], record: Survival | None) -> Iterator[Issue | None]:
         """Yield an issue when some rows are further from the formula than rounding explains, or when rounding did another
@@ -170,6 +172,9 @@ class _Compared:
         scale is not that of its values; None after each chunk of rows.
         """
         yield self._other_shape()
+        if self._coded is not None and self._coded.are_explained(list(chain(*chunks)), record):
+            yield None
+            return
         effect = None
         if self._op.deltas and self._op.combination is None and not _is_nearest(self._op):
             is_whole = sum(map(len, chunks)) == self._op.view.n_rows

@@ -25,7 +25,7 @@ _PLAIN = {
 """Option → the values with which the compiled loops may be enough."""
 
 _MOST_BYTES = 1 << 20
-"""Of a configuration that is read for a guess."""
+"""Of a file that is read for a guess."""
 
 _PLAIN_DTYPES = frozenset({"bfloat16", None})
 
@@ -51,9 +51,18 @@ def load_for_verify(flags: Mapping[str, Any]) -> None:
         library() is None
         or flags["forward"]
         or flags["engine"]
-        or not _is_plain_base(_read(flags["out"], "config.json"))
+        or not (_is_plain_base(_read(flags["out"], "config.json")) or _has_kept_scales(flags["out"]))
     ):
         load_beside()
+
+
+def _has_kept_scales(out: object) -> bool:
+    """Return whether the weights of an output have the storage of its base, and its scales."""
+    # Most outputs are not asked, and what is imported here delays the guess.
+    from lora_merge.formats.side_files import MANIFEST_FILE
+
+    options = _read(out, MANIFEST_FILE).get("options")
+    return isinstance(options, dict) and options.get("out_storage") == "base"
 
 
 def _is_plain_base(config: Mapping[str, Any]) -> bool:
@@ -74,7 +83,7 @@ def _is_plain_adapter(config: Mapping[str, Any]) -> bool:
 
 
 def _read(place: object, name: str) -> dict[str, Any]:
-    """Return a configuration in a local directory; an empty one where there is none that can be read."""
+    """Return what a file of a local directory says; an empty dictionary where there is none that can be read."""
     path = Path(str(place or ""), name)
     try:
         is_there = place and path.is_file() and path.stat().st_size <= _MOST_BYTES

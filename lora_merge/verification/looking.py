@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from lora_merge.checks.coded_rows import CodedRows
 from lora_merge.checks.expecting import is_plain_sum
 from lora_merge.checks.projecting import needs_no_torch, read_once
 from lora_merge.checks.projection import Projection
 from lora_merge.core.plan import Merge
 from lora_merge.core.weight import WEIGHT
 from lora_merge.formats.safetensors import tensor_digest
+from lora_merge.merging.worker import is_plain
 from lora_merge.runtime.torch_threads import one_torch_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from lora_merge.core.plan import Step
     from lora_merge.core.tensor import TensorRef  # noqa: TC004 - a field's type, never evaluated
@@ -60,6 +62,13 @@ class Digests:
     def take(self, seen: Seen) -> None:
         """Take over the digest of a tensor that was read."""
         self._known[seen.ref] = seen.digest
+
+
+def asks_torch(steps: Iterable[Step]) -> bool:
+    """Return whether torch is needed to verify what some steps made, if all is right."""
+    return any(
+        isinstance(step.op, Merge) and not (is_plain(step.op) or CodedRows.applies(step.op)) for step in steps
+    )
 
 
 def look(

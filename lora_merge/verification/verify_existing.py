@@ -25,7 +25,7 @@ from lora_merge.formats.manifest import Manifest, parse_manifest
 from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.merging.headline import Work, announce, merge_headline, model_words
 from lora_merge.merging.unchanged_inputs import check_names
-from lora_merge.merging.worker import TorchLoading, needs_torch, short_switch_interval
+from lora_merge.merging.worker import TorchLoading, short_switch_interval
 from lora_merge.native.library import library
 from lora_merge.planning import Joined, Policy, Reading, make_plan
 from lora_merge.planning.locate import Place
@@ -41,7 +41,7 @@ from lora_merge.storage.shown import by_url, errors_by_url
 from lora_merge.storage.small_files import read_json
 from lora_merge.storage.user_paths import is_directory, user_path
 from lora_merge.verification.existing_output import Existing, find_output
-from lora_merge.verification.looking import Digests, Seen, look
+from lora_merge.verification.looking import Digests, Seen, asks_torch, look
 from lora_merge.verification.recorded_inputs import (
     check_asked,
     is_there,
@@ -147,12 +147,12 @@ class _Verification:
             return Proof(self.output.root, "", (), (self._loadable(),), (), self.clock.seconds, headline)
         # What needs neither torch nor, for most of its time, the interpreter.
         with short_switch_interval():
-            loading = TorchLoading() if self._will_need_torch() else None
             read = self._manifest()
             manifest = read if isinstance(read, Manifest) else None
+            loading = TorchLoading() if self._will_need_torch(manifest) else None
             loadable = self._loadable()
             again, planned = self._planned(manifest)
-            if loading is None and again is not None and needs_torch(again.plan.steps):
+            if loading is None and again is not None and asks_torch(again.plan.steps):
                 loading = TorchLoading()
             with self.clock("recorded"), Crew(usable_cores()) as crew:
                 self.watch.phase("comparing digests", 0)
@@ -230,8 +230,10 @@ class _Verification:
         detail = f"{counted(n_tensors, 'tensor')} and {counted(n_files, 'other file')}, by their digests"
         return Finding("recorded", detail, issues)
 
-    def _will_need_torch(self) -> bool:
-        """Return whether torch is surely needed: not all matrices are plain bfloat16."""
+    def _will_need_torch(self, manifest: Manifest | None) -> bool:
+        """Return whether torch is surely needed: not all matrices are plain bfloat16, and none has kept its scales."""
+        if manifest is not None and manifest.options.get("out_storage") == "base":
+            return False
         dtypes = {ref.dtype for ref in self.output.tensors().values() if len(ref.shape) > 1}
         return library() is None or dtypes != {"BF16"}
 

@@ -100,7 +100,13 @@ def _table(dtype: str) -> torch.Tensor:
     """Return the value of each byte, float64 ``[256]``."""
     import torch
 
-    return torch.tensor([_BYTES[dtype](code) for code in range(256)], dtype=torch.float64)
+    return torch.tensor(byte_values(dtype), dtype=torch.float64)
+
+
+@cache
+def byte_values(dtype: str) -> tuple[float, ...]:
+    """Return the value of each byte, ``[256]``: of ``"F8_E4M3"``, ``"F8_E5M2"``, ``"F8_E8M0"``."""
+    return tuple(map(_BYTES[dtype], range(256)))
 
 
 @cache

@@ -6,7 +6,7 @@ import contextlib
 from functools import cache
 from typing import TYPE_CHECKING
 
-from lora_merge.checks.decoding.raw import Raw
+from lora_merge.checks.decoding.by_code import numbers_of
 from lora_merge.checks.gate.parts import grouped
 from lora_merge.core.report import error
 from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES
@@ -17,8 +17,7 @@ from lora_merge.storage.sources import open_source
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import torch
-
+    from lora_merge.checks.decoding.by_code import Wide
     from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRef
     from lora_merge.formats.written_checkpoint import Output
@@ -49,15 +48,17 @@ def scales(output: Output) -> Iterator[Issue]:
 
 def _wrong(ref: TensorRef, opened: Callable[[str], Source], *, is_shared: bool) -> str:
     """Return what is wrong with a tensor of scales; empty for nothing that is seen."""
+    import numpy as np
+
     # Scales of bitsandbytes may be codes of a table.
     if ref.dtype not in TORCH_NAMES and (ref.dtype not in _BYTES or ref.name.endswith(".absmax")):
         return ""
     values = _values(ref, opened)
-    if values is None or not values.numel():
+    if values is None or not values.size:
         return ""
-    if not values.isfinite().all():
+    if not np.isfinite(values).all():
         return "holds NaN or infinity, expected finite scales"
-    lowest = values.min().item()
+    lowest = float(values.min())
     if is_shared and not lowest > 0:
         return f"is {lowest:g}, expected a positive scale for the whole weight"
     if ref.name.endswith(_POSITIVE) and lowest < 0:
@@ -65,17 +66,12 @@ def _wrong(ref: TensorRef, opened: Callable[[str], Source], *, is_shared: bool) 
     return ""
 
 
-def _values(ref: TensorRef, opened: Callable[[str], Source]) -> torch.Tensor | None:
+def _values(ref: TensorRef, opened: Callable[[str], Source]) -> Wide | None:
     """Return the first values of a tensor; None where its file cannot be read, which another rule says."""
-    import torch
-
     size = DTYPE_BITS[ref.dtype] // 8
     content = bytearray(min(ref.nbytes, _READ) // size * size)
     try:
         read_unwatched(opened(ref.file), memoryview(content), ref.start)
     except CheckpointError:
         return None
-    if not content:
-        return torch.empty(0)
-    raw = Raw(torch.frombuffer(content, dtype=torch.uint8).view(1, -1), ref.dtype)
-    return raw.floats(_BYTES.get(ref.dtype, ""))
+    return numbers_of(content, ref.dtype, 1, _BYTES.get(ref.dtype, ""))

@@ -1,0 +1,307 @@
+"""Rows of a frequent merge of quantised weights, recomputed without torch: one product added to codes, whose scales stay as they are.
+
+It says yes, or that it does not know. Then `lora_merge.checks.recompute` asks its formulas, and says what is wrong. What is asked is
+what `lora_merge.checks.bounds` and `lora_merge.checks.effect` ask:
+
+- A value becomes the nearest level, or with a rounding for the adapter the one nearest to a value that is `REACH` steps away at most. So
+  for each code there are two limits that its value, divided by its scale, is between. Most are, whatever float32 may have missed; of the few others that
+  is computed.
+- The rounding may do to the adapter's effect what is recorded of it. With A's rows of length 1 and their products G = AAᵀ = VDVᵀ, an
+  orthonormal basis of the row space is Q = D^-½ Vᵀ A, so ``e Qᵀ = (e Aᵀ) V D^-½`` takes no decomposition of A itself. Its relative
+  error is about 2⁻⁵³ times the condition of G.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from itertools import pairwise
+from math import isfinite, sqrt
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lora_merge.checks.bounds import REACH
+from lora_merge.checks.decoding.by_code import coded_rows, coding_of
+from lora_merge.checks.decoding.decoder import FLOAT32, UNDERFLOW
+from lora_merge.checks.effect_norms import Norms, Sums, share_of
+from lora_merge.checks.expecting import is_plain_product
+from lora_merge.runtime.shortage import BLAS_BYTES, need_room
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from lora_merge.checks.decoding.by_code import Coded, Coding
+    from lora_merge.checks.reading import Reader
+    from lora_merge.core.plan import Merge
+    from lora_merge.core.tensor import Survival
+    from lora_merge.core.weight import Weight
+
+    Wide = np.ndarray[Any, np.dtype[np.float64]]
+
+_SURELY = REACH - 2.0**-10
+"""Steps that are within the reach, whatever the roundings of float64 on the way."""
+
+_ROUNDINGS = 4 * FLOAT32
+"""Of one number in float32, as in `lora_merge.checks.bounds`."""
+
+_SMALLEST = 2.0**-149
+"""The smallest subnormal of float32."""
+
+_FEW = 1 / 64
+"""The most values, of all, that are looked at one by one."""
+
+_CONDITION = 1e-8
+"""The smallest eigenvalue of G, by its largest, with which the effect is computed here."""
+
+_ELEMENTS = 1 << 15
+"""Values that are looked at together: a pass over so many numbers of eight bytes stays in a processor's cache."""
+
+_NARROW = 16
+"""Inputs for each direction below which the formulas are asked, see `lora_merge.checks.effect`."""
+
+
+class _Rows(NamedTuple):
+    """Some rows of a weight.
+
+    Shapes:
+        before: what the base has, ``[rows, columns]``; change: what is added; left: rows of B; scales: of the output, as `before`;
+        codes: the same.
+    """
+
+    before: Wide
+    change: Wide
+    left: Wide
+    scales: Wide
+    codes: np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class CodedRows:
+    """The rows of one merged weight.
+
+    Args:
+        reader: of all files.
+        op: what was done to it, for which `applies` is true.
+        written: the weight as it is in the output.
+    """
+
+    def __init__(self, reader: Reader, op: Merge, written: Weight) -> None:
+        self._reader, self._op, self._written = reader, op, written
+        coding = coding_of(op.target, op.source.shape)
+        assert coding is not None
+        self._coding: Coding = coding
+        self._is_adapter = op.rounding is not None
+        self._sums, self._beyond = Sums(), 0.0
+
+    @staticmethod
+    def applies(op: Merge) -> bool:
+        """Return whether the rows of a weight can be recomputed here."""
+        return (
+            op.on_stored_grid
+            and op.combination is None
+            and (op.rounding is None or op.rounding.method == "adapter")
+            and len(op.deltas) == 1
+            and op.deltas[0].adapter_weight == 1
+            and is_plain_product(op.deltas[0])
+            and coding_of(op.target, op.source.shape) is not None
+        )
+
+    def are_explained(self, rows: Sequence[int], record: Survival | None) -> bool:
+        """Return True where every stored value of some rows is what rounding makes, and what that does to the adapter's effect is what
+        is recorded of all rows; False where that is not known.
+        """
+        import numpy as np
+
+        factor = self._reader.floats_source(self._op.deltas[0].factors["A"], range(self._rank), self._rank)
+        if factor is None or record is None or record.effect_norm < 0:
+            return False
+        right = factor.astype(np.float64)
+        # What is not finite is not explained.
+        with np.errstate(all="ignore"):
+            seeing = _seeing(right)
+            if seeing is None:
+                return False
+            each = max(_ELEMENTS // right.shape[1], 1)
+            parts = (rows[at : at + each] for at in range(0, len(rows), each))
+            return all(self._is_explained(part, right, seeing) for part in parts) and self._is_kept(record)
+
+    @property
+    def _rank(self) -> int:
+        return self._op.deltas[0].factors["A"].shape[0]
+
+    def _is_explained(self, rows: Sequence[int], right: Wide, seeing: Wide) -> bool:
+        """Look at some rows.
+
+        Args:
+            rows: their numbers.
+            right: A.
+            seeing: what errors are multiplied by: what is seen of them then has the length of ``e Qᵀ``.
+        """
+        import numpy as np
+
+        read = self._read(rows, right)
+        if read is None:
+            return False
+        wanted = read.before + read.change
+        numbers = wanted / read.scales
+        low, high = limits(self._coding.meaning, is_adapter=self._is_adapter)
+        is_right = (low[read.codes] <= numbers) & (numbers <= high[read.codes])
+        if not is_right.all() and not self._are_near(read, numbers, right, np.nonzero(~is_right)):
+            return False
+        if self._is_adapter:
+            self._beyond += _beyond(numbers, read.scales, self._coding.meaning)
+        error = _table(self._coding.meaning)[read.codes] * read.scales - wanted
+        sums, share = self._sums, share_of(*seeing.shape)
+        sums.error += float(np.square(error @ seeing).sum())
+        # All of the change is in the row space.
+        size = float(np.vdot(read.change, read.change))
+        sums.effect += size
+        # At least by so much float32 may have missed what is recorded.
+        sums.error_off += share**2 * float(np.vdot(error, error))
+        sums.effect_off += share**2 * size
+        sums.n_rows += len(rows)
+        return True
+
+    def _read(self, rows: Sequence[int], right: Wide) -> _Rows | None:
+        """Return some rows; None where one of the files has them in another form."""
+        import numpy as np
+
+        op, reader, coding = self._op, self._reader, self._coding
+        (delta,) = op.deltas
+        before = coded_rows(reader.bytes_source, op.source, coding, rows)
+        stored = coded_rows(reader.bytes_rows, self._written, coding, rows)
+        left = reader.floats_source(delta.factors["B"], rows, op.view.n_rows)
+        if before is None or stored is None or left is None:
+            return None
+        wide = left.astype(np.float64)
+        need_room(BLAS_BYTES, "multiply matrices")
+        change = (wide @ right) * delta.effective_scale
+        values = _table(coding.meaning)[before.codes] * _spread(before, coding)
+        return _Rows(values, change, wide, _spread(stored, coding), stored.codes)
+
+    def _are_near(self, read: _Rows, numbers: Wide, right: Wide, places: tuple[Any, ...]) -> bool:
+        """Return whether values are between their limits but for what float32 may have missed.
+
+        Args:
+            read: their rows.
+            numbers: all values of these, divided by their scales.
+            right: A.
+            places: rows and columns of the values that are asked.
+        """
+        import numpy as np
+
+        rows, columns = places
+        if len(rows) > numbers.size * _FEW:
+            return False
+        number, before, change, scale = (
+            part[places] for part in (numbers, read.before, read.change, read.scales)
+        )
+        factor, rank = abs(self._op.deltas[0].effective_scale), len(right)
+        # The product is off by (r + 5)·2⁻²⁴·|s|·Σ|bᵢaᵢ| at most, and by its underflows; a sum by 2⁻²⁴ of the sizes of its parts.
+        off = np.einsum("nr,rn->n", np.abs(read.left[rows]), np.abs(right[:, columns]))
+        off *= (rank + 5) * FLOAT32 * factor
+        off += (factor * rank + 2) * _SMALLEST
+        off += (np.abs(before) + np.abs(change)) * FLOAT32
+        off += self._coding.n_products * (np.abs(before) * FLOAT32 + UNDERFLOW)
+        off = off / scale + _ROUNDINGS * np.abs(number) + UNDERFLOW / scale
+        low, high = (
+            limit[read.codes[places]] for limit in limits(self._coding.meaning, is_adapter=self._is_adapter)
+        )
+        return bool(((low - off <= number) & (number <= high + off) & np.isfinite(number)).all())
+
+    def _is_kept(self, record: Survival) -> bool:
+        """Return True where the effect of the rows is what is recorded of all."""
+        norms, n_rows = Norms.of(self._sums), self._op.view.n_rows
+        if not isfinite(norms.error + norms.effect):
+            return False
+        if norms.against(record, self._sums, n_rows, is_whole=self._sums.n_rows == n_rows):
+            return False
+        return not self._is_adapter or norms.is_surely_kept(sqrt(self._beyond))
+
+
+def _spread(coded: Coded, coding: Coding) -> Wide:
+    """Return the scale of each value."""
+    import numpy as np
+
+    width = coded.codes.shape[1]
+    found: Wide = np.repeat(coded.scales, coding.group or width, 1)[:, :width]
+    return found
+
+
+def _seeing(right: Wide) -> Wide | None:
+    """Return ``Aᵀ V D^-½`` of A's rows at length 1: float64 ``[in, r]``, an orthonormal basis of them as columns. None where that is not
+    exact enough, or where A sees a good part of all directions.
+    """
+    import numpy as np
+
+    rank, n_inputs = right.shape
+    lengths = np.sqrt(np.square(right).sum(1))
+    if rank * _NARROW > n_inputs or not np.isfinite(lengths).all() or not lengths.all():
+        return None
+    need_room(BLAS_BYTES, "multiply matrices")
+    rows = right / lengths[:, None]
+    values, vectors = np.linalg.eigh(rows @ rows.T)
+    if not values[0] > _CONDITION * values[-1]:
+        return None
+    found: Wide = rows.T @ (vectors / np.sqrt(values))
+    return found
+
+
+def _beyond(numbers: Wide, scales: Wide, meaning: tuple[float, ...]) -> float:
+    """Return the squares of the distances of values from the last levels, those beyond them."""
+    import numpy as np
+
+    levels = _levels(meaning)
+    places = np.nonzero((numbers < levels[0]) | (numbers > levels[-1]))
+    number = numbers[places]
+    return float(np.square((number - np.clip(number, levels[0], levels[-1])) * scales[places]).sum())
+
+
+@lru_cache
+def _table(meaning: tuple[float, ...]) -> Wide:
+    import numpy as np
+
+    return np.array(meaning)
+
+
+@lru_cache
+def _levels(meaning: tuple[float, ...]) -> tuple[float, ...]:
+    """Return all levels in order."""
+    return tuple(sorted({value + 0.0 for value in meaning if isfinite(value)}))
+
+
+@lru_cache
+def limits(meaning: tuple[float, ...], *, is_adapter: bool) -> tuple[Wide, Wide]:
+    """Return between which numbers those are that may have become each code; NaN for codes that are no level: float64 ``[codes]`` each."""
+    import numpy as np
+
+    levels = _levels(meaning)
+    ends = {level: _ends(levels, n, is_adapter=is_adapter) for n, level in enumerate(levels)}
+    low, high = np.array([ends.get(value, (np.nan, np.nan)) for value in meaning]).T
+    return low, high
+
+
+def _ends(levels: tuple[float, ...], n: int, *, is_adapter: bool) -> tuple[float, float]:
+    """Return the smallest number and the largest that may become level n."""
+    if is_adapter:
+        mirrored = tuple(-level for level in reversed(levels))
+        return -_reach(mirrored, len(levels) - 1 - n), _reach(levels, n)
+    below = (levels[n - 1] + levels[n]) / 2 if n else -sys.float_info.max
+    above = (levels[n] + levels[n + 1]) / 2 if n + 1 < len(levels) else sys.float_info.max
+    return below, above
+
+
+def _reach(levels: tuple[float, ...], n: int) -> float:
+    """Return up to which number all from level n on become that level when they are moved by `_SURELY` steps and are rounded then. A step
+    is the gap that a number is in.
+    """
+    if n + 1 == len(levels):
+        # What is too large becomes the last.
+        return sys.float_info.max
+    middle, end = (levels[n] + levels[n + 1]) / 2, levels[n]
+    for lower, upper in pairwise(levels[n:]):
+        end = middle + _SURELY * (upper - lower)
+        if end < upper:
+            return max(lower, end)
+    # Beyond the last level steps are as large as the last one.
+    return end
