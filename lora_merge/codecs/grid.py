@@ -65,7 +65,7 @@ class Packed(NamedTuple):
     """Codes that are stored: what there is in place of levels."""
 
     total: torch.Tensor
-    """A sum of all values' errors, float32: not finite where one of the values is not."""
+    """A norm of all values' errors, float64: not finite where one of the values is not."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -89,6 +89,7 @@ class Frame:
         self._axes = [tuple(range(part.dim())) for part in self._floats]
         # Filled by `torch.sum(out=…)` for every tile, so that the loop allocates nothing.
         self._totals = [self._total(part) for part in self._floats]
+        self._packed: Packed | None = None
 
     def _total(self, part: torch.Tensor) -> torch.Tensor:
         import torch
@@ -106,6 +107,7 @@ class Frame:
         if not add(stored, self.rounded[WEIGHT].view(self.values.shape), product):
             return False
         # All of it is finite, or it was not done.
+        self._packed = None
         for total in self._totals:
             total.zero_()
         return True
@@ -153,10 +155,9 @@ class Frame:
         """Take the sums for `is_finite`."""
         import torch
 
+        self._packed = packed
         for part, axes, total in zip(self._floats, self._axes, self._totals, strict=True):
-            if packed is not None and part is self.values:
-                total.copy_(packed.total)
-            else:
+            if packed is None or part is not self.values:
                 torch.sum(part, dim=axes, out=total)
 
     def _encode(
@@ -195,9 +196,13 @@ class Frame:
         """
         import torch
 
+        if self._packed is not None and not isfinite(self._packed.total.item()):
+            return False
         return all(
             isfinite(total.item()) or all(isfinite(end.item()) for end in torch.aminmax(part))
             for part, total in zip(self._floats, self._totals, strict=True)
+            # Of a tile that compiled code encoded, the values may be those of another one.
+            if self._packed is None or part is not self.values
         )
 
 
