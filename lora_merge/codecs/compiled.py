@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.native.library import Coded, library
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    Codes = np.ndarray[Any, Any]
+    Numbers = np.ndarray[Any, np.dtype[np.float32]]
 
 _BITS = {16: 4, 256: 8}
 """Entries of a table → bits of its codes. Others are not decoded here."""
@@ -36,28 +40,45 @@ def decode(
         is_e4m3: the table is that of ``"F8_E4M3"``, for which there is a quicker way.
     """
     found = library()
-    if found is None or not out.is_contiguous():
+    if found is None or not out.is_contiguous() or not _is_float32(out):
         return False
-    coded = coded_of(codes, table, scale, (len(out), out.shape[1]), group=group, zero=zero, is_e4m3=is_e4m3)
-    if coded is None or not _is_float32(out):
+    parts = [table, scale] if zero is None else [table, scale, zero]
+    if not codes.is_cpu or not all(map(_is_float32, parts)):
+        return False
+    coded = coded_of(
+        codes.numpy(),
+        table.numpy(),
+        scale.numpy(),
+        (len(out), out.shape[1]),
+        group=group,
+        zero=None if zero is None else zero.numpy(),
+        is_e4m3=is_e4m3,
+    )
+    if coded is None:
         return False
     coded.values, coded.stride = out.data_ptr(), out.shape[1]
     found.decode(coded)
     return True
 
 
+def _is_float32(part: torch.Tensor) -> bool:
+    import torch
+
+    return part.dtype == torch.float32 and part.is_cpu
+
+
 def coded_of(
-    codes: torch.Tensor,
-    table: torch.Tensor,
-    scale: torch.Tensor,
+    codes: Codes,
+    table: Numbers,
+    scale: Numbers,
     shape: tuple[int, int],
     *,
     group: int,
-    zero: torch.Tensor | None = None,
+    zero: Numbers | None = None,
     is_e4m3: bool = False,
 ) -> Coded | None:
     """Return what compiled code has to know of codes to decode them, as `decode` takes it; None where it cannot. It has the addresses of
-    the tensors, and does not keep them.
+    the arrays, and does not keep them.
 
     Args:
         codes: as there; table: as there; scale: as there, or one line that is expanded.
@@ -69,40 +90,32 @@ def coded_of(
     if bits is None or not lines * width or (bits == 4 and group % 2):
         return None
     parts = [scale] if zero is None else [scale, zero]
-    if not all(map(_is_float32, (table, *parts))):
+    if any(part.shape[1] > 1 and part.strides[1] != part.itemsize for part in parts):
         return None
-    if any(part.shape[1] > 1 and part.stride(1) != 1 for part in parts):
+    if not codes.flags.c_contiguous or codes.shape[0] != lines:
         return None
-    if not codes.is_contiguous() or codes.shape[0] != lines:
-        return None
-    stride = codes.shape[1] * codes.element_size()
+    stride = codes.strides[0] if lines > 1 else codes.nbytes
     if stride * 8 < width * bits:
         return None
     return Coded(
         n_lines=lines,
         n_columns=width,
-        codes=codes.data_ptr(),
+        codes=codes.ctypes.data,
         code_stride=stride,
         bits=bits,
-        table=table.data_ptr(),
-        scale=scale.data_ptr(),
+        table=table.ctypes.data,
+        scale=scale.ctypes.data,
         scale_stride=stride_of(scale),
-        zero=None if zero is None else zero.data_ptr(),
+        zero=None if zero is None else zero.ctypes.data,
         zero_stride=0 if zero is None else stride_of(zero),
         group=group or width,
         is_e4m3=is_e4m3,
     )
 
 
-def _is_float32(part: torch.Tensor) -> bool:
-    import torch
-
-    return part.dtype == torch.float32 and part.is_cpu
-
-
-def stride_of(part: torch.Tensor) -> int:
-    """Return the distance of two lines; 0 where all share one."""
-    return part.stride(0) if len(part) > 1 else 0
+def stride_of(part: Numbers) -> int:
+    """Return the distance of two lines, in numbers; 0 where all share one."""
+    return part.strides[0] // part.itemsize if len(part) > 1 else 0
 
 
 @lru_cache

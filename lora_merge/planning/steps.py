@@ -16,7 +16,7 @@ from lora_merge.core.view import View
 from lora_merge.core.weight import FLOAT32, WEIGHT, Storage, Tile, Weight
 from lora_merge.deltas import keeps_effect
 from lora_merge.planning.change import Change, combined_rank
-from lora_merge.rounding.schedule import band_rows
+from lora_merge.rounding.feedback import band_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.native.library import Product as Call
 from lora_merge.native.library import library
+from lora_merge.rounding.lines import product_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,20 +78,9 @@ def add_rows(base: Halves, out: Halves, left: Numbers, right: Numbers, scale: fl
     found = library()
     if found is None:
         return False
-    return found.add(
-        Call(
-            n_rows=len(left),
-            n_columns=right.shape[1],
-            base=base.ctypes.data,
-            out=out.ctypes.data,
-            left=left.ctypes.data,
-            left_stride=left.strides[0] // left.itemsize,
-            right=right.ctypes.data,
-            right_stride=right.strides[0] // right.itemsize,
-            rank=len(right),
-            scale=scale,
-        )
-    )
+    call = product_of(left, right, scale)
+    call.base, call.out = base.ctypes.data, out.ctypes.data
+    return found.add(call)
 
 
 def compare_added(sample: Sample, raw: torch.Tensor, out: torch.Tensor, product: Product) -> None:

@@ -9,7 +9,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lora_merge.rounding.basis import row_space
-from lora_merge.rounding.schedule import damping_for, schedule_of, without_feedback
+from lora_merge.rounding.feedback import damping_for
+from lora_merge.rounding.schedule import schedule_of, without_feedback
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

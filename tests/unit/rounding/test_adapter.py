@@ -15,7 +15,8 @@ from lora_merge.native.library import hidden
 from lora_merge.rounding.adapter import round_adapter
 from lora_merge.rounding.bands import REACH, Memory
 from lora_merge.rounding.basis import row_space
-from lora_merge.rounding.schedule import band_rows, damping_for, schedule_of
+from lora_merge.rounding.feedback import band_rows, damping_for
+from lora_merge.rounding.schedule import schedule_of
 from tests.grids import GRIDS, case, in_span
 
 

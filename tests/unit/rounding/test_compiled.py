@@ -31,7 +31,8 @@ from lora_merge.native.library import SWITCH, hidden, library
 from lora_merge.rounding.adapter import round_adapter
 from lora_merge.rounding.basis import row_space
 from lora_merge.rounding.compiled import round_to_codes, round_to_levels
-from lora_merge.rounding.schedule import damping_for, schedule_of, without_feedback
+from lora_merge.rounding.feedback import damping_for
+from lora_merge.rounding.schedule import schedule_of, without_feedback
 from tests.grids import GRIDS, case, in_span
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the compiled loops are not built here")
@@ -193,7 +194,10 @@ def test_without_feedback_every_schedule_of_a_basis_gives_the_same_bits(columns)
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     # The blocks differ, else this would say nothing.
-    assert schedule_of(basis, 0.05).flat.sizes.tolist() != without_feedback(basis).flat.sizes.tolist()
+    assert (
+        schedule_of(basis, 0.05).feedback.flat.sizes.tolist()
+        != without_feedback(basis).feedback.flat.sizes.tolist()
+    )
 
 
 @pytest.mark.parametrize("kind", COMPILED)

@@ -15,7 +15,8 @@ from lora_merge.native import library as native
 from lora_merge.native.library import library
 from lora_merge.rounding.basis import row_space
 from lora_merge.rounding.compiled import merge_codes, round_to_codes
-from lora_merge.rounding.schedule import damping_for, schedule_of, without_feedback
+from lora_merge.rounding.feedback import damping_for
+from lora_merge.rounding.schedule import schedule_of, without_feedback
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the compiled loops are not built here")
 
