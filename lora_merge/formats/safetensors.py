@@ -20,6 +20,7 @@ from lora_merge.core.tensor import (
 )
 from lora_merge.errors import CheckpointError
 from lora_merge.native.library import library
+from lora_merge.runtime.host_floats import host_floats
 from lora_merge.storage.digests import digest_text, new_digest
 from lora_merge.storage.instead import instead_of
 from lora_merge.storage.json_values import OddValueError
@@ -386,13 +387,7 @@ def load_numbers(ref: TensorRef) -> np.ndarray[Any, np.dtype[np.float32]]:
     Raises:
         CheckpointError: the file ends too soon.
     """
-    import numpy as np
-
     raw = bytearray(ref.nbytes)
     with open_source(ref.file) as source:
         read_into(source, memoryview(raw), ref.start)
-    if ref.dtype == "BF16":
-        # The upper half of a float32.
-        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view(np.float32).reshape(ref.shape)
-    stored = np.frombuffer(raw, {"F32": "<f4", "F16": "<f2"}[ref.dtype])
-    return stored.astype(np.float32, copy=False).reshape(ref.shape)
+    return host_floats(raw, ref.dtype).reshape(ref.shape)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from lora_merge.codecs import CODECS
+from lora_merge.codecs.host_scaled import host_grid, is_host
 from lora_merge.core.tensor import STORED_TYPES, TORCH_NAMES
 from lora_merge.core.view import Block, Spread, View
-from lora_merge.core.weight import Tile
+from lora_merge.core.weight import WEIGHT, Tile
 from lora_merge.formats.safetensors import Squares, box_norm, same_values, tensor_digest
+from lora_merge.runtime.host_floats import host_floats
 from lora_merge.storage.digests import digest_text, new_digest
 from lora_merge.storage.reading import ReadAhead
 from lora_merge.storage.sources import open_source
@@ -18,6 +20,7 @@ from lora_merge.storage.sources import open_source
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    import numpy as np
     import torch
 
     from lora_merge.core.tensor import TensorRef
@@ -25,8 +28,17 @@ if TYPE_CHECKING:
     from lora_merge.modeling.pieces import Box
     from lora_merge.storage.sources import Source
 
+    Numbers = np.ndarray[Any, np.dtype[np.float32]]
+
 _BLOCK_ELEMENTS = 1 << 20
 """Values that are decoded at a time where nothing else decides it."""
+
+
+def is_read_alone(weight: Weight) -> bool:
+    """Return whether `WeightReader.numbers` reads a weight without torch, unless one of its scales is not a positive number."""
+    if weight.storage.is_dense:
+        return weight.dtype in TORCH_NAMES
+    return is_host(weight.storage, weight.shape)
 
 
 class WeightReader:
@@ -119,6 +131,26 @@ class WeightReader:
         out = torch.empty(tile.end - tile.start, columns)
         self._codec.decode(tile, parts, out, self.weight.storage)
         return out[start - tile.start : end - tile.start]
+
+    def numbers(self, start: int, end: int) -> Numbers:
+        """Return the same without torch, where the storage needs none (`is_read_alone`).
+
+        Raises:
+            CheckpointError: a file ends too soon, or the disk cannot be read.
+        """
+        import numpy as np
+
+        weight = self.weight
+        if not is_read_alone(weight):
+            return self.values(start, end).numpy()
+        tile = self.tile(start, end)
+        ranges = self.ranges(tile)
+        raw = {role: np.empty(one.nbytes, np.uint8) for role, one in ranges.items()}
+        self.read_into({role: content.data for role, content in raw.items()}, ranges)
+        if weight.storage.is_dense:
+            return host_floats(raw[WEIGHT].data, weight.dtype).reshape(end - start, -1)
+        grid = host_grid(tile, raw, weight.storage)
+        return self.values(start, end).numpy() if grid is None else grid.values(grid.codes)
 
     def _buffer(self, role: str, nbytes: int) -> torch.Tensor:
         """Return memory for a part. It is kept for the next rows, which may need the same bytes of it."""

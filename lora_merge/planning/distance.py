@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, cast
 
+from lora_merge.core.tensor import TORCH_NAMES
 from lora_merge.deltas.factors import FactorFacts, Factors
 from lora_merge.deltas.low_rank import plain_pair
-from lora_merge.formats.safetensors import load
-from lora_merge.formats.weights import WeightReader
+from lora_merge.formats.safetensors import load, load_numbers
+from lora_merge.formats.weights import WeightReader, is_read_alone
+from lora_merge.runtime.shortage import BLAS_BYTES, need_room
 from lora_merge.runtime.torch_threads import one_torch_thread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    import torch
 
     from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.weight import Weight
@@ -47,20 +47,27 @@ def distances(
     Raises:
         CheckpointError: a file cannot be read.
     """
+    names = [name for name in ours if _is_comparable(ours[name], others.get(ours[name].name), deltas[name])]
+    # Spread over the layers, which are in order.
+    names = names[:: max(1, -(-len(names) // MOST_TENSORS))]
+    weights = [weight for name in names for weight in (ours[name], others[ours[name].name])]
+    has_torch = not (
+        all(map(is_read_alone, weights)) and all(_is_plain(delta) for name in names for delta in deltas[name])
+    )
     # For samples of this size torch's threads take longer to wait for each other than to work.
-    with one_torch_thread():
-        return _distances(ours, others, deltas)
+    with one_torch_thread(has_torch=has_torch):
+        return _distances(names, ours, others, deltas)
 
 
 def _distances(
-    ours: Mapping[str, Weight], others: Mapping[str, Weight], deltas: Mapping[str, Sequence[PlacedDelta]]
+    names: Sequence[str],
+    ours: Mapping[str, Weight],
+    others: Mapping[str, Weight],
+    deltas: Mapping[str, Sequence[PlacedDelta]],
 ) -> dict[str, float]:
-    names = [name for name in ours if _is_comparable(ours[name], others.get(ours[name].name), deltas[name])]
-    # Spread over the layers, which are in order.
-    step = max(1, -(-len(names) // MOST_TENSORS))
     found: dict[str, float] = {}
     factors, left = Factors(load), MOST_BYTES
-    for name in names[::step]:
+    for name in names:
         norm = _delta_norm(deltas[name], factors)
         if not norm or not math.isfinite(norm):
             continue
@@ -101,8 +108,23 @@ def _delta_norm(deltas: Sequence[PlacedDelta], factors: Factors) -> float:
     return math.sqrt(sum(delta.delta.effective_scale**2 * _square(delta, factors) for delta in deltas))
 
 
+def _is_plain(delta: PlacedDelta) -> bool:
+    """Return whether a change is B A of two matrices as they are stored."""
+    refs = delta.factors
+    return (
+        delta.facts.is_plain
+        and not delta.part
+        and refs.keys() == {"A", "B"}
+        and all(ref.dtype in TORCH_NAMES and len(ref.shape) == 2 for ref in refs.values())
+    )
+
+
 def _square(delta: PlacedDelta, factors: Factors) -> float:
     """Return ‖B A‖², by the small products Bᵀ B and A Aᵀ."""
+    if _is_plain(delta):
+        left, right = (load_numbers(delta.factors[role]) for role in ("B", "A"))
+        need_room(BLAS_BYTES, "multiply matrices")
+        return max(float(((right @ right.T) * (left.T @ left)).sum(dtype="float64")), 0.0)
     import torch
 
     found = factors.of(delta.delta, delta.part)
@@ -159,13 +181,7 @@ def _difference(one: Weight, other: Weight) -> float:
         WeightReader(other, n_rows, is_watched=True) as theirs,
     ):
         for start, end in _sample(n_rows, math.prod(one.shape) // n_rows):
-            difference = mine.values(start, end).sub_(theirs.values(start, end))
-            total += _sum_of_squares(difference)
-            count += difference.numel()
+            difference = mine.numbers(start, end) - theirs.numbers(start, end)
+            total += float((difference * difference).sum(dtype="float64"))
+            count += difference.size
     return math.sqrt(total / count)
-
-
-def _sum_of_squares(values: torch.Tensor) -> float:
-    import torch
-
-    return float(values.square_().sum(dtype=torch.float64))

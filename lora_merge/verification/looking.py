@@ -12,7 +12,7 @@ from lora_merge.checks.projection import Projection
 from lora_merge.core.plan import Merge
 from lora_merge.core.weight import WEIGHT
 from lora_merge.formats.safetensors import tensor_digest
-from lora_merge.merging.worker import is_plain
+from lora_merge.merging.worker import is_hosted
 from lora_merge.runtime.torch_threads import one_torch_thread
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class Digests:
 def asks_torch(steps: Iterable[Step]) -> bool:
     """Return whether torch is needed to verify what some steps made, if all is right."""
     return any(
-        isinstance(step.op, Merge) and not (is_plain(step.op) or CodedRows.applies(step.op)) for step in steps
+        isinstance(step.op, Merge) and not (is_hosted(step.op) or CodedRows.applies(step.op))
+        for step in steps
     )
 
 

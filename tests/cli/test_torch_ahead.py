@@ -13,6 +13,9 @@ from lora_merge.native.library import hidden, library
 pytestmark = pytest.mark.skipif(library() is None, reason="the compiled loops are not built here")
 
 BASE = {"dtype": "bfloat16"}
+FP8 = {"dtype": "bfloat16", "quantization_config": {"quant_method": "fp8"}}
+INT8 = {"quantization_config": {"quant_method": "compressed-tensors", "format": "int-quantized"}}
+INT4 = {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}
 ADAPTER = {"peft_type": "LORA"}
 VERIFY = {"level": "sample", "forward": False, "engine": None}
 
@@ -50,6 +53,9 @@ def flags(tmp_path):
         {"base": {"text_config": {"dtype": "bfloat16"}}},
         {"base": "{", "adapter": "[]"},
         {"rounding": "nearest", "device": "auto", "out_storage": "base"},
+        {"base": FP8, "out_storage": "base"},
+        {"base": FP8, "out_storage": "base", "rounding": "adapter"},
+        {"base": INT8, "out_storage": "base", "rounding": "nearest"},
     ],
     ids=str,
 )
@@ -64,6 +70,10 @@ def test_a_plain_lora_needs_none(flags, loaded, fields):
         {"base": {"dtype": "float16"}},
         {"base": {"text_config": {"dtype": "float32"}}},
         {"base": {"dtype": "bfloat16", "quantization_config": {}}},
+        {"base": FP8},
+        {"base": FP8, "out_storage": "dense"},
+        {"base": FP8, "out_storage": "base", "rounding": "stochastic"},
+        {"base": INT4, "out_storage": "base"},
         {"adapter": {"peft_type": "LOHA"}},
         {"adapter": {"peft_type": "LORA", "use_dora": True}},
         {"adapter": {"peft_type": "LORA", "modules_to_save": ["lm_head"]}},
@@ -110,4 +120,13 @@ def test_what_cannot_be_read_is_no_reason_and_is_not_waited_for(tmp_path, loaded
 def test_verify(tmp_path, loaded, fields, config, is_loaded):
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch_ahead.load_for_verify({**VERIFY, "out": str(tmp_path), **fields})
+    assert bool(loaded) == is_loaded
+
+
+@pytest.mark.parametrize(("storage", "is_loaded"), [("base", False), ("dense", True), (None, True)])
+def test_verification_of_kept_scales_needs_none(tmp_path, loaded, storage, is_loaded):
+    (tmp_path / "config.json").write_text(json.dumps(FP8))
+    manifest = {"options": {"out_storage": storage}} if storage else []
+    (tmp_path / "merge_manifest.json").write_text(json.dumps(manifest))
+    torch_ahead.load_for_verify({**VERIFY, "out": str(tmp_path)})
     assert bool(loaded) == is_loaded

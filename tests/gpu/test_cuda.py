@@ -125,6 +125,19 @@ def test_adapters_are_combined_on_cuda_the_same_way_twice(combine, workshop, tmp
     assert torch.equal(torch.rand(3, device="cuda"), wanted)  # torch's own random numbers are not disturbed
 
 
+@pytest.mark.parametrize("fields", [{}, {"quantize": "fp8"}, {"quantize": "int4"}], ids=str)
+def test_rounding_keeps_the_adapter_on_cuda(fields, pico, pico_adapter, tmp_path):
+    base = pico()
+    report = lora_merge.merge(
+        base=base, adapter=pico_adapter(base, target_modules="all-linear"), out=tmp_path / "out",
+        device="cuda", rounding="adapter", allow_loss=True, verify="full", **fields,
+    )  # fmt: skip
+    assert report.verdict.ok
+    effects = [one for one in report.survival.values() if one.effect_norm > 0]
+    assert effects
+    assert all(one.effect_error < one.effect_norm for one in effects)
+
+
 @pytest.mark.parametrize("workers", [2, 4])
 def test_cuda_writes_the_same_bytes_whatever_the_number_of_workers(workers, pico, pico_adapter, tmp_path):
     base = pico()

@@ -80,14 +80,14 @@ def ops(plan):
 def merged(monkeypatch):
     """The names of the weights that were merged without torch, or were to be; and what came of it."""
     found = []
-    merge = Merger._merge_plain
+    merge = Merger._merge_hosted
 
     def noted(self, orders):
         records = merge(self, orders)
         found.append((orders[0].step.name, records is not None))
         return records
 
-    monkeypatch.setattr(Merger, "_merge_plain", noted)
+    monkeypatch.setattr(Merger, "_merge_hosted", noted)
     return found
 
 
@@ -282,7 +282,7 @@ def test_where_only_some_weights_need_torch_the_others_are_merged_meanwhile(
             over.wait(60)
             super()._load()
 
-    merge = Merger._merge_plain
+    merge = Merger._merge_hosted
 
     def merging(self, orders):
         found = merge(self, orders)
@@ -291,7 +291,7 @@ def test_where_only_some_weights_need_torch_the_others_are_merged_meanwhile(
         return found
 
     monkeypatch.setattr(writing, "TorchLoading", Slow)
-    monkeypatch.setattr(Merger, "_merge_plain", merging)
+    monkeypatch.setattr(Merger, "_merge_hosted", merging)
     lora_merge.merge(base=str(base), adapter=str(root), out=str(tmp_path / "out"))
     assert over.is_set()
     assert len(merged) == len(TARGETS) - 1
@@ -304,10 +304,10 @@ def test_where_only_some_weights_need_torch_the_others_are_merged_meanwhile(
 def test_a_fault_is_noticed(base, adapter, cli, tmp_path, monkeypatch, level):
     root, add, spoilt = adapter(), plain.Addend.add, []
 
-    def spoiling(self, frame, start, end):
-        done = add(self, frame, start, end)
+    def spoiling(self, frame, tile):
+        done = add(self, frame, tile)
         if not spoilt:
-            spoilt.append(start)
+            spoilt.append(tile.start)
             frame.out[3] = frame.out[4]
         return done
 
@@ -321,11 +321,11 @@ def test_a_fault_is_noticed(base, adapter, cli, tmp_path, monkeypatch, level):
 def test_an_interrupted_merge_is_resumed(base, adapter, cli, tmp_path, monkeypatch):
     root, add, calls = adapter(), plain.Addend.add, []
 
-    def interrupted(self, frame, start, end):
-        calls.append(start)
+    def interrupted(self, frame, tile):
+        calls.append(tile.start)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return add(self, frame, start, end)
+        return add(self, frame, tile)
 
     command = ("--base", base, "--adapter", root, "--out", tmp_path / "out", "--workers", "1")
     with monkeypatch.context() as patch:

@@ -1,7 +1,7 @@
 """One step → bytes: read, decode, apply, encode, fill. It knows neither the schedule nor the destination.
 
-`merger` is the loop over the tiles of a tensor; `plain` says which weights it merges without torch; `workbench` has the buffers that a tile passes through, on the CPU
-or on a GPU; `tiling` says how large a tile is; `changing` applies the deltas; `sample` sees what the stored dtype keeps of them; `copying` moves what
+`merger` is the loop over the tiles of a tensor; `host` says which weights it merges without torch, `plain` and `coded` how; `workbench` has the
+buffers that a tile passes through with torch, on the CPU or on a GPU; `tiling` says how large a tile is; `changing` applies the deltas; `sample` sees what the stored dtype keeps of them; `copying` moves what
 no delta touches; `devices` sets torch up, and `stopwatch` knows where the time went. `specs` has what workers
 are made from, and the workers that executors run; those of `file_work` make whole files.
 """
@@ -14,8 +14,8 @@ from lora_merge.merging.worker.devices import (
     short_switch_interval,
 )
 from lora_merge.merging.worker.file_work import FilePiece, FileSpec
+from lora_merge.merging.worker.host import is_hosted, needs_torch
 from lora_merge.merging.worker.merger import Merger, Order, alike
-from lora_merge.merging.worker.plain import is_plain, needs_torch
 from lora_merge.merging.worker.sample import SAMPLE_ELEMENTS
 from lora_merge.merging.worker.specs import CopySpec, MergeSpec, parted
 from lora_merge.merging.worker.tiling import tiles_of
@@ -32,7 +32,7 @@ __all__ = [
     "TorchLoading",
     "alike",
     "copy",
-    "is_plain",
+    "is_hosted",
     "needs_torch",
     "parted",
     "pick_device",

@@ -49,8 +49,8 @@ class Choosing:
         """True where compiled code may choose codes and add the change at once, as far as is known."""
         self._before: torch.Tensor | None = None
         # On the device: a number would wait for a GPU in the middle of the loop.
-        self._effects: list[torch.Tensor] = []
-        self._errors: list[torch.Tensor] = []
+        self._effects: list[torch.Tensor | float] = []
+        self._errors: list[torch.Tensor | float] = []
         self._products: list[Span] = []
         """Whose change is of the form B A: all of it is in the row space of A."""
         # First output of a span whose inputs come in several tiles → what is seen of the error and of the change so far.
@@ -248,6 +248,11 @@ class Choosing:
         seen = (change.t() if self._along else change) @ span.basis.t()
         self._effects.append(_squares(seen))
         return packed
+
+    def know(self, effect: float, error: float) -> None:
+        """Take what was found without torch: ‖ΔQᵀ‖² and ‖(Δ′ - Δ)Qᵀ‖² over all tiles."""
+        self._effects.append(effect)
+        self._errors.append(error)
 
     def effect(self) -> tuple[float, float]:
         """Return ‖ΔQᵀ‖ and ‖(Δ′ - Δ)Qᵀ‖ over all tiles; -1 for both where nothing was kept account of."""

@@ -74,7 +74,7 @@ class FileSpec:
     """Ask the store to copy runs that no delta touches (`FileSink.copy`)."""
 
     has_torch: bool = True
-    """False where nothing needs it, unless a value is not finite (`lora_merge.merging.worker.plain`)."""
+    """False where nothing needs it, unless a value is not finite (`lora_merge.merging.worker.host`)."""
 
     lock: str = ""
     """A file that each machine with a worker has to see, since the driver has made it where the output goes; empty for none."""

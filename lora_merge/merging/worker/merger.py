@@ -18,8 +18,8 @@ from lora_merge.merging.worker.changing import Working, change
 from lora_merge.merging.worker.choosing import Choosing
 from lora_merge.merging.worker.copying import copy
 from lora_merge.merging.worker.filling import Chosen, Filled, Filling, Loop, written_parts
+from lora_merge.merging.worker.host import Host, addend_of, is_hosted
 from lora_merge.merging.worker.passing import Passing
-from lora_merge.merging.worker.plain import Addend, HostFrames, is_plain
 from lora_merge.merging.worker.sample import Sample
 from lora_merge.merging.worker.stopwatch import Stopwatch
 from lora_merge.merging.worker.tiling import tiles_of
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import Rounding, Step  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.core.tensor import Survival, TensorRecord
     from lora_merge.deltas.algebra import Changer
-    from lora_merge.merging.worker.plain import HostFrame
+    from lora_merge.merging.worker.coded import CodedAddend
+    from lora_merge.merging.worker.filling import Encoded
+    from lora_merge.merging.worker.plain import Addend
     from lora_merge.merging.worker.workbench import Frame
 
 
@@ -101,7 +103,7 @@ class Merger:
         self._factors = factors or Factors(load)
         self._benches: dict[str, Workbench] = {}
         self._memory = Memory()
-        self._host = HostFrames()
+        self._host = Host()
 
     def __call__(self, step: Step) -> tuple[TensorRecord, ...]:
         """Carry out one step.
@@ -134,9 +136,9 @@ class Merger:
             OutOfMemoryError: memory ran out.
         """
         with translate_out_of_memory(f"merging {orders[0].step.name}"):
-            if self._device != "cpu" or not all(is_plain(order.op) for order in orders):
+            if self._device != "cpu" or not all(is_hosted(order.op) for order in orders):
                 return self._merge(orders)
-            found = self._merge_plain(orders)
+            found = self._merge_hosted(orders)
             if found is not None:
                 return found
             # Torch may not have been needed so far.
@@ -218,19 +220,20 @@ class Merger:
         watch.lap("check")
         return found
 
-    def _merge_plain(self, orders: Sequence[Order]) -> list[tuple[TensorRecord, ...]] | None:
-        """Merge without torch (`lora_merge.merging.worker.plain`); return None where a value is not finite."""
+    def _merge_hosted(self, orders: Sequence[Order]) -> list[tuple[TensorRecord, ...]] | None:
+        """Merge without torch (`lora_merge.merging.worker.host`); return None where a value is not finite."""
         watch, op = self._watch, orders[0].op
         watch.start()
         tiles, columns = self._tiles(op), op.view.columns
         with contextlib.ExitStack() as stack:
             reader = stack.enter_context(WeightReader(op.source, op.view.n_rows))
             outputs = [self._output(n, order, tiles, stack) for n, order in enumerate(orders)]
-            addends = [Addend(order.op.deltas[0]) for order in orders]
+            addends = [addend_of(order.op) for order in orders]
             watch.lap("prepare")
             for n, (start, end) in enumerate(tiles):
-                tile, frame = reader.tile(start, end), self._host.frame(end - start, columns)
+                tile = reader.tile(start, end)
                 read = Parts(op.source.storage, reader.ranges(tile))
+                frame = self._host.frame(tile, columns, read, outputs[0].parts(tile, read))
                 reader.read_into(frame.raw, read.ranges)
                 watch.lap("read")
                 for output, addend in zip(outputs, addends, strict=True):
@@ -240,21 +243,23 @@ class Merger:
                     watch.lap("check")
             digests = reader.digests()
         watch.lap("write")
+        for output, addend in zip(outputs, addends, strict=True):
+            addend.account(output.choosing)
         found = [output.records(digests) for output in outputs]
         watch.lap("check")
         return found
 
-    def _is_added(self, output: Filling, n: int, frame: HostFrame, addend: Addend) -> bool:
+    def _is_added(self, output: Filling, n: int, frame: Encoded, addend: Addend | CodedAddend) -> bool:
         """Add the change of one output to a tile; return False where a value is not finite."""
         tile = output.tiles[n]
         if output.passing is not None:
             output.passing.before(n, frame)
             self._watch.lap("check")
-        if not addend.add(frame, tile.start, tile.end):
+        if not addend.add(frame, tile):
             return False
         if output.sample.has(n):
-            addend.compare(output.sample, frame, tile.start)
-        self._watch.lap("change")
+            addend.compare(output.sample, frame, tile)
+        self._watch.lap(addend.stage)
         return True
 
     def _tiles(self, op: Merge) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """Weights that compiled code merges alone, without torch: one LoRA on a bfloat16 weight, each value rounded to the nearest number.
 
 It is the most frequent merge, and loading torch takes longer than most of its files. Where torch is needed for other weights, these are
-merged while it is loaded.
+merged while it is loaded. `lora_merge.merging.worker.coded` does the same for weights of eight bits that keep their scales.
 """
 
 from __future__ import annotations
@@ -9,28 +9,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.checks.expecting import is_plain_product
-from lora_merge.core.plan import Merge
 from lora_merge.core.weight import WEIGHT
 from lora_merge.deltas.low_rank import summing
 from lora_merge.formats.safetensors import load_numbers
 from lora_merge.merging.worker.adding import add_rows, can_add, compare, may_add
+from lora_merge.rounding.lines import Added
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import numpy as np
 
     from lora_merge.core.adapter import PlacedDelta
-    from lora_merge.core.plan import Step
+    from lora_merge.core.plan import Merge
+    from lora_merge.core.weight import Tile
+    from lora_merge.merging.worker.choosing import Choosing
+    from lora_merge.merging.worker.filling import Encoded
     from lora_merge.merging.worker.sample import Sample
 
     Numbers = np.ndarray[Any, np.dtype[np.float32]]
     Halves = np.ndarray[Any, np.dtype[np.uint16]]
-
-
-def needs_torch(steps: Iterable[Step]) -> bool:
-    """Return whether torch is needed to carry out some steps on the CPU, or to verify them."""
-    return any(isinstance(step.op, Merge) and not is_plain(step.op) for step in steps)
 
 
 def is_plain(op: Merge) -> bool:
@@ -41,11 +37,11 @@ def is_plain(op: Merge) -> bool:
         and op.reach == "rows"
         and not (op.fills_across or op.surveyed)
         and op.view.columns % 2 == 0  # else torch projects its rows
-        and _is_added(op.deltas[0])
+        and is_added(op.deltas[0])
     )
 
 
-def _is_added(delta: PlacedDelta) -> bool:
+def is_added(delta: PlacedDelta) -> bool:
     """Return whether compiled code adds the product of a delta, in one pass."""
     if not is_plain_product(delta):
         return False
@@ -95,6 +91,21 @@ class HostFrames:
         return found
 
 
+def added_of(delta: PlacedDelta) -> Added:
+    """Return the product that a delta adds, for which `is_added` is true.
+
+    Raises:
+        CheckpointError: a factor cannot be read.
+    """
+    import numpy as np
+
+    right, left = (load_numbers(delta.factors[role]) for role in ("A", "B"))
+    if not summing(delta, len(right), (len(left), right.shape[1])).is_fused:
+        return Added(left, right, delta.scale)
+    with np.errstate(all="ignore"):  # what is infinite is seen when it is added
+        return Added(left * np.float32(delta.scale), right, 1.0)
+
+
 class Addend:
     """What is added to the rows of one weight: s · B A.
 
@@ -102,29 +113,29 @@ class Addend:
         CheckpointError: a factor cannot be read.
     """
 
-    def __init__(self, delta: PlacedDelta) -> None:
-        import numpy as np
+    stage = "change"
+    """Of the time that `add` takes (`lora_merge.merging.worker.stopwatch`)."""
 
-        right, left = (load_numbers(delta.factors[role]) for role in ("A", "B"))
-        is_fused = summing(delta, len(right), (len(left), right.shape[1])).is_fused
-        with np.errstate(all="ignore"):  # what is infinite is seen when it is added
-            self._left: Numbers = left * np.float32(delta.scale) if is_fused else left
-        self._right: Numbers = right
-        self._scale = 1.0 if is_fused else delta.scale
+    def __init__(self, op: Merge) -> None:
+        self._added = added_of(op.deltas[0])
 
-    def add(self, frame: HostFrame, start: int, end: int) -> bool:
+    def add(self, frame: Encoded, tile: Tile) -> bool:
         """Write a tile with the product of its rows added. Return False where something is not finite."""
-        return add_rows(frame.base, frame.out, self._left[start:end], self._right, self._scale)
+        assert isinstance(frame, HostFrame)
+        left, right, scale = self._added
+        return add_rows(frame.base, frame.out, left[tile.start : tile.end], right, scale)
 
-    def compare(self, sample: Sample, frame: HostFrame, start: int) -> None:
+    def compare(self, sample: Sample, frame: Encoded, tile: Tile) -> None:
         """Compare the wanted change of a tile's first rows with the change that is written.
 
         Args:
             sample: gets what is found.
             frame: of a tile that `add` has written.
-            start: its first row.
+            tile: which rows.
         """
-        n = sample.n_compared(*frame.base.shape)
-        compare(
-            sample, frame.base[:n], frame.out[:n], self._left[start : start + n], self._right, self._scale
-        )
+        assert isinstance(frame, HostFrame)
+        n, start, (left, right, scale) = sample.n_compared(*frame.base.shape), tile.start, self._added
+        compare(sample, frame.base[:n], frame.out[:n], left[start : start + n], right, scale)
+
+    def account(self, choosing: Choosing) -> None:
+        """Do nothing: no account is kept of nearest numbers."""

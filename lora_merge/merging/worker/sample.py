@@ -135,11 +135,12 @@ class Sample:
             ]
         ).tolist
 
-    def see(self, before: Numbers, wanted: Numbers, stored: Numbers) -> None:
+    def see(self, before: Numbers, wanted: Numbers, stored: Numbers, saturated: float = 0.0) -> None:
         """Take in the rows of the middle tile where torch is not loaded.
 
         Args:
             before: float32 ``[rows, columns]``; wanted: after the change; stored: as they are written.
+            saturated: the share of wanted values beyond the ends of the grid.
         """
         import numpy as np
 
@@ -154,7 +155,7 @@ class Sample:
                 float(touched.sum()),
                 float(((kept == 0) & touched).sum()),
                 float(np.multiply(kept, change, dtype=np.float64).sum()),
-                0.0,
+                saturated,
             ]
         self._found = lambda: found
 

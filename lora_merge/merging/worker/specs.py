@@ -15,8 +15,8 @@ from lora_merge.core.work import Done
 from lora_merge.deltas import Factors
 from lora_merge.formats.safetensors import load
 from lora_merge.merging.worker.copying import copy
+from lora_merge.merging.worker.host import needs_torch
 from lora_merge.merging.worker.merger import Merger, Order
-from lora_merge.merging.worker.plain import needs_torch
 from lora_merge.merging.worker.stopwatch import Stopwatch
 from lora_merge.runtime.torch_threads import one_torch_thread
 from lora_merge.storage.copy_runs import CopyRun
@@ -67,7 +67,7 @@ class MergeSpec:
     """Look at part of every row as it passes, for the verification that follows."""
 
     has_torch: bool = True
-    """False where nothing needs it, unless a value is not finite (`lora_merge.merging.worker.plain`)."""
+    """False where nothing needs it, unless a value is not finite (`lora_merge.merging.worker.host`)."""
 
     @contextlib.contextmanager
     def make(self, n: int) -> Iterator[list[MergeWorker]]:
