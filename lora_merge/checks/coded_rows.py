@@ -272,7 +272,7 @@ def _levels(meaning: tuple[float, ...]) -> tuple[float, ...]:
 
 @lru_cache
 def limits(meaning: tuple[float, ...], *, is_adapter: bool) -> tuple[Wide, Wide]:
-    """Return between which numbers those are that may have become each code; NaN for codes that are no level: float64 ``[codes]`` each."""
+    """Return between which numbers those are that may have become each code; NaN for codes without a level: float64 ``[codes]`` each."""
     import numpy as np
 
     levels = _levels(meaning)

@@ -1,7 +1,7 @@
 """Whether a command will need torch, guessed before its imports: then torch's library is loaded beside them.
 
-A wrong guess costs a quarter of a second. Most merges are of one LoRA into a bfloat16 base, and need none; nor do those into codes of
-eight bits that keep their scales.
+A wrong guess costs a quarter of a second. Most merges are of one LoRA into a bfloat16 base, and need none; nor do most of those
+into codes that keep their scales.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _PLAIN = {
 }
 """Option → the values with which the compiled loops may be enough."""
 
-_BYTES = frozenset({"float-quantized", "int-quantized", "naive-quantized"})
-"""Formats of compressed-tensors with a byte for each value."""
+_METHODS = frozenset({"fp8", "modelopt", "compressed-tensors"})
+"""Of quantising, whose codes mostly have four or eight bits and positive scales."""
 
 _MOST_BYTES = 1 << 20
 """Of a file that is read for a guess."""
@@ -48,17 +48,13 @@ def load_for_merge(flags: Mapping[str, Any]) -> None:
 def _is_host_merge(flags: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     """Return whether the compiled loops may be enough for a base and the options of a merge."""
     quantised = config.get("quantization_config")
-    is_kept = flags.get("out_storage") == "base" and isinstance(quantised, dict) and _has_bytes(quantised)
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    is_kept = flags.get("out_storage") == "base" and str(method) in _METHODS
     rounding = {"nearest", "adapter"} if is_kept else {"nearest"}
     allowed = {**_PLAIN, "rounding": rounding}
     return (is_kept or _is_plain_base(config)) and all(
         flags.get(name) in {None, *values} for name, values in allowed.items()
     )
-
-
-def _has_bytes(quantised: Mapping[str, Any]) -> bool:
-    """Return whether quantised weights have a byte for each value, and scales."""
-    return quantised.get("quant_method") == "fp8" or quantised.get("format") in _BYTES
 
 
 def load_for_verify(flags: Mapping[str, Any]) -> None:

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from lora_merge.codecs.lattice import Lattice
     from lora_merge.core.weight import PartRange, Storage, Tile
 
-SCALE = "scale"
-"""The role of the scales."""
+_SCALE = "scale"
 
 _SIGN = 0x80
 """The sign bit of FP8."""
@@ -41,7 +40,7 @@ LATTICES: dict[str, Lattice] = {"F8_E4M3": E4M3, "F8_E5M2": E5M2, "I8": Integers
 """What a byte can be, by its dtype."""
 
 
-class Settings(NamedTuple):
+class _Settings(NamedTuple):
     """The settings of a storage, by their names there."""
 
     codes: str
@@ -52,10 +51,9 @@ class Settings(NamedTuple):
 
 # Asked for every tile, of a few storages.
 @lru_cache
-def settings_of(storage: Storage) -> Settings:
-    """Return the settings of a storage."""
+def _settings(storage: Storage) -> _Settings:
     found = dict(storage.settings)
-    return Settings(
+    return _Settings(
         str(found["codes"]), int(found["block_rows"]), int(found["block_columns"]), str(found["scale"])
     )
 
@@ -80,10 +78,10 @@ class Scaled(Coded):
 
     def ranges(self, tile: Tile, storage: Storage) -> Mapping[str, PartRange]:
         """Return the codes ``[lines, in]`` and the scales of all blocks that have some of the lines."""
-        lines, of = lines_of(tile), settings_of(storage)
+        lines, of = lines_of(tile), _settings(storage)
         return {
             WEIGHT: by_line(lines, bytes_of(of.codes), lines.width),
-            SCALE: by_block(
+            _SCALE: by_block(
                 lines, bytes_of(of.scale), of.block_rows, groups_of(lines.width, of.block_columns)
             ),
         }
@@ -92,7 +90,7 @@ class Scaled(Coded):
         self, tile: Tile, parts: Mapping[str, torch.Tensor], out: torch.Tensor, storage: Storage
     ) -> None:
         """Multiply each code by the scale of its block. NaN codes and scales stay NaN."""
-        lines, of = lines_of(tile), settings_of(storage)
+        lines, of = lines_of(tile), _settings(storage)
         values = out.view(lines.n, lines.width)
         scale = _scale(lines, parts, of)
         table = _table(of, parts[WEIGHT].device)
@@ -111,7 +109,7 @@ class Scaled(Coded):
         stored: Mapping[str, torch.Tensor],
     ) -> Grid:
         """Return the grid of the stored scales."""
-        lines, of = lines_of(tile), settings_of(storage)
+        lines, of = lines_of(tile), _settings(storage)
         kept = out[WEIGHT].view(lines.n, lines.width)
         scale = _scale(lines, stored, of)
 
@@ -150,12 +148,12 @@ class Scaled(Coded):
 
     def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Return the codes and the scales, one for each block of each matrix."""
-        of, (*stack, rows, width) = settings_of(storage), shape
+        of, (*stack, rows, width) = _settings(storage), shape
         grid = groups_of(rows, of.block_rows), groups_of(width, of.block_columns)
-        return {WEIGHT: (of.codes, shape), SCALE: (of.scale, (*stack, *grid))}
+        return {WEIGHT: (of.codes, shape), _SCALE: (of.scale, (*stack, *grid))}
 
 
-def _levels(parts: Mapping[str, torch.Tensor], of: Settings, out: torch.Tensor) -> None:
+def _levels(parts: Mapping[str, torch.Tensor], of: _Settings, out: torch.Tensor) -> None:
     """Write what the codes are before any scale, float32 ``[lines, in]``."""
     if of.codes == "I8":
         out.copy_(parts[WEIGHT])
@@ -163,14 +161,14 @@ def _levels(parts: Mapping[str, torch.Tensor], of: Settings, out: torch.Tensor) 
         look_up(parts[WEIGHT], of.codes, out)
 
 
-def _table(of: Settings, device: torch.device) -> torch.Tensor:
+def _table(of: _Settings, device: torch.device) -> torch.Tensor:
     """Return what each byte is before any scale, float32 ``[256]``."""
     return signed_bytes() if of.codes == "I8" else values_of_codes(of.codes, device)
 
 
-def _scale(lines: Lines, parts: Mapping[str, torch.Tensor], of: Settings) -> torch.Tensor:
+def _scale(lines: Lines, parts: Mapping[str, torch.Tensor], of: _Settings) -> torch.Tensor:
     """Return the scales, float32 ``[lines, groups]``, or ``[1, groups]`` where they are the same for all lines."""
-    scale = as_floats(parts[SCALE], of.scale)
+    scale = as_floats(parts[_SCALE], of.scale)
     # One row of scales is the same for all lines, one for each line fits as it is.
     if scale.shape[0] > 1 and of.block_rows != 1:
         scale = scale.index_select(0, lines.block_rows_of(of.block_rows, scale.device))

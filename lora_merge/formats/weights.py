@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any, Self
 
 from lora_merge.codecs import CODECS
-from lora_merge.codecs.host_scaled import host_grid, is_host
+from lora_merge.codecs.host import host_grid, is_host
 from lora_merge.core.tensor import STORED_TYPES, TORCH_NAMES
 from lora_merge.core.view import Block, Spread, View
 from lora_merge.core.weight import WEIGHT, Tile
@@ -150,7 +150,7 @@ class WeightReader:
         if weight.storage.is_dense:
             return host_floats(raw[WEIGHT].data, weight.dtype).reshape(end - start, -1)
         grid = host_grid(tile, raw, weight.storage)
-        return self.values(start, end).numpy() if grid is None else grid.values(grid.codes)
+        return self.values(start, end).numpy() if grid is None else grid.values(grid.stored)
 
     def _buffer(self, role: str, nbytes: int) -> torch.Tensor:
         """Return memory for a part. It is kept for the next rows, which may need the same bytes of it."""

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(library() is None, reason="the compiled loops ar
 
 BASE = {"dtype": "bfloat16"}
 FP8 = {"dtype": "bfloat16", "quantization_config": {"quant_method": "fp8"}}
-INT8 = {"quantization_config": {"quant_method": "compressed-tensors", "format": "int-quantized"}}
 INT4 = {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}
+GPTQ = {"quantization_config": {"quant_method": "gptq"}}
 ADAPTER = {"peft_type": "LORA"}
 VERIFY = {"level": "sample", "forward": False, "engine": None}
 
@@ -55,7 +55,7 @@ def flags(tmp_path):
         {"rounding": "nearest", "device": "auto", "out_storage": "base"},
         {"base": FP8, "out_storage": "base"},
         {"base": FP8, "out_storage": "base", "rounding": "adapter"},
-        {"base": INT8, "out_storage": "base", "rounding": "nearest"},
+        {"base": INT4, "out_storage": "base", "rounding": "nearest"},
     ],
     ids=str,
 )
@@ -73,7 +73,8 @@ def test_a_plain_lora_needs_none(flags, loaded, fields):
         {"base": FP8},
         {"base": FP8, "out_storage": "dense"},
         {"base": FP8, "out_storage": "base", "rounding": "stochastic"},
-        {"base": INT4, "out_storage": "base"},
+        {"base": GPTQ, "out_storage": "base"},
+        {"base": {"quantization_config": {"quant_method": ["fp8"]}}, "out_storage": "base"},
         {"adapter": {"peft_type": "LOHA"}},
         {"adapter": {"peft_type": "LORA", "use_dora": True}},
         {"adapter": {"peft_type": "LORA", "modules_to_save": ["lm_head"]}},

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 import lora_merge
 from lora_merge.cli import exits
 from lora_merge.codecs import CODECS
-from lora_merge.codecs.host_scaled import host_grid, is_host, levels_of
-from lora_merge.codecs.tables import values_of_codes
+from lora_merge.codecs.compiled import signed_bytes, whole_numbers
+from lora_merge.codecs.host import host_grid, is_host, levels_of
+from lora_merge.codecs.tables import values_of_codes, values_of_e2m1
 from lora_merge.core.plan import Combination, Merge, Rounding
 from lora_merge.core.weight import Storage, Tile
 from lora_merge.formats.weights import WeightReader, is_read_alone
@@ -27,7 +28,7 @@ from tests.unit.test_plain import run_program, same_files, same_records
 pytestmark = pytest.mark.skipif(library() is None, reason="the compiled loops are not built here")
 
 TARGETS = ["q_proj", "k_proj", "up_proj", "down_proj"]
-SCHEMES = ["fp8", "fp8-block", "fp8-channel", "int8", "mxfp8"]
+SCHEMES = ["fp8", "fp8-block", "fp8-channel", "int8", "mxfp8", "int4", "int4-g32", "mxfp4", "nvfp4"]
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +286,7 @@ def test_other_merges_are_left_to_torch(base, adapter):
         replace(op, combination=Combination("ties", 0.5, 0, 0, "")),
         replace(op, on_stored_grid=False),
         replace(op, source=replace(op.source, shape=(2, op.source.shape[0] // 2, op.source.shape[1]))),
-        replace(op, source=replace(op.source, storage=Storage("fp4", "U8", tuple(settings.items())))),
+        replace(op, source=replace(op.source, storage=Storage("gptq", "I32", tuple(settings.items())))),
     ]
     assert not any(map(coded.is_coded, others))
     assert not any(map(coded.is_coded, ops(plan_of(base("fp8-block"), adapter(use_dora=True)))))
@@ -327,25 +328,37 @@ def test_values_are_those_of_the_codec(codes, scale, block):
         with hidden():
             CODECS["scaled"].decode(tile, parts, wanted, storage)
         found = host_grid(tile, {role: part.numpy() for role, part in raw.items()}, storage)
-        values = torch.from_numpy(found.values(found.codes))
+        values = torch.from_numpy(found.values(found.stored))
         assert torch.equal(
             values.view(torch.int32)[~wanted.isnan()], wanted.view(torch.int32)[~wanted.isnan()]
         )
         assert torch.equal(values.isnan(), wanted.isnan())
 
 
-@pytest.mark.parametrize("codes", ["F8_E4M3", "F8_E5M2"])
+CPU = torch.device("cpu")
+LEVELS = {
+    "F8_E4M3": lambda: values_of_codes("F8_E4M3", CPU),
+    "F8_E5M2": lambda: values_of_codes("F8_E5M2", CPU),
+    "F8_E8M0": lambda: values_of_codes("F8_E8M0", CPU),
+    "I8": signed_bytes,
+    "E2M1": values_of_e2m1,
+    "4 bits": lambda: whole_numbers(4, 8),
+    "8 bits": lambda: whole_numbers(8, 128),
+}
+
+
+@pytest.mark.parametrize("codes", LEVELS)
 def test_levels_are_those_of_torch(codes):
-    found, wanted = torch.from_numpy(levels_of(codes)), values_of_codes(codes, torch.device("cpu"))
-    assert torch.equal(found.nan_to_num(9e9, 8e9, -8e9), wanted.nan_to_num(9e9, 8e9, -8e9))
-    assert torch.equal(found.signbit()[~found.isnan()], wanted.signbit()[~found.isnan()])
+    found, wanted = torch.from_numpy(levels_of(codes)), LEVELS[codes]()
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert torch.equal(found[~found.isnan()].view(torch.int32), wanted[~found.isnan()].view(torch.int32))
 
 
-@pytest.mark.parametrize("scheme", [None, "fp8-block", "int8", "int4"])
+@pytest.mark.parametrize("scheme", [None, "fp8-block", "int8", "int4", "mxfp4", "nvfp4", "int4-asym"])
 def test_rows_that_are_read_without_torch_are_the_same(base, dense, adapter, scheme):
     plan = lora_merge.plan(base=base(scheme) if scheme else dense, adapter=adapter(), allow_again=True)
     for op in ops(plan):
-        assert is_read_alone(op.source) == (scheme != "int4")
+        assert is_read_alone(op.source) == (scheme != "int4-asym")
         with WeightReader(op.source, op.view.n_rows) as reader:
             for start, end in ((0, 7), (100, 230)):
                 numbers = reader.numbers(start, end)

@@ -1,5 +1,5 @@
-"""Weights of eight bits that compiled code merges alone, without torch: one LoRA on codes that keep their scales, each rounded to the
-nearest number or for the adapter.
+"""Quantised weights that compiled code merges alone, without torch: one LoRA on codes that keep their scales, each rounded to the nearest
+number or for the adapter.
 
 The codes are those that torch's way stores: both have the same row space, feedback and compiled loop (`lora_merge.rounding.lines`).
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.codecs.host_scaled import host_grid, is_host
+from lora_merge.codecs.host import host_grid, is_host
 from lora_merge.core.weight import WEIGHT
 from lora_merge.merging.worker.plain import added_of, is_added
 from lora_merge.native.library import library
@@ -143,14 +143,14 @@ class CodedAddend:
         if grid is None or self._feedback is None:
             return False
         left, right, factor = self._added
-        written = frame.written[WEIGHT].reshape(grid.codes.shape)
+        written = frame.written[WEIGHT].reshape(grid.stored.shape)
         error = merge_codes(
-            grid.codes,
+            grid.stored,
             grid.levels,
             Scales(grid.lattice, grid.group, grid.scale),
             Added(left[tile.start : tile.end], right, factor),
             self._feedback,
-            Place(written, 8, 0, grid.codes, grid.keeps_signs),
+            Place(written, grid.bits, grid.offset, grid.stored, grid.keeps_signs),
             is_fed_back=self._is_fed_back,
         )
         if error is None:
@@ -174,10 +174,10 @@ class CodedAddend:
         grid = host_grid(tile, frame.stored, self._op.source.storage)
         assert grid is not None
         left, right, factor = self._added
-        n = sample.n_compared(*grid.codes.shape)
-        written = frame.written[WEIGHT].reshape(grid.codes.shape)
+        n = sample.n_compared(len(grid.stored), grid.width)
+        written = frame.written[WEIGHT].reshape(grid.stored.shape)
         with np.errstate(all="ignore"):
-            before = grid.values(grid.codes[:n])
+            before = grid.values(grid.stored[:n])
             # Not by a matrix library, whose sums depend on the machine.
             change = np.einsum("ik,kj->ij", left[tile.start : tile.start + n], right)
             wanted = before + change * np.float32(factor)

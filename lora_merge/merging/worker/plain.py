@@ -1,7 +1,7 @@
 """Weights that compiled code merges alone, without torch: one LoRA on a bfloat16 weight, each value rounded to the nearest number.
 
 It is the most frequent merge, and loading torch takes longer than most of its files. Where torch is needed for other weights, these are
-merged while it is loaded. `lora_merge.merging.worker.coded` does the same for weights of eight bits that keep their scales.
+merged while it is loaded. `lora_merge.merging.worker.coded` does the same for quantised weights that keep their scales.
 """
 
 from __future__ import annotations
