@@ -4,11 +4,9 @@ It says yes, or that it does not know. Then `lora_merge.checks.recompute` asks i
 what `lora_merge.checks.bounds` and `lora_merge.checks.effect` ask:
 
 - A value becomes the nearest level, or with a rounding for the adapter the one nearest to a value that is `REACH` steps away at most. So
-  for each code there are two limits that its value, divided by its scale, is between. Most are, whatever float32 may have missed; of the few others that
-  is computed.
-- The rounding may do to the adapter's effect what is recorded of it. With A's rows of length 1 and their products G = AAᵀ = VDVᵀ, an
-  orthonormal basis of the row space is Q = D^-½ Vᵀ A, so ``e Qᵀ = (e Aᵀ) V D^-½`` takes no decomposition of A itself. Its relative
-  error is about 2⁻⁵³ times the condition of G.
+  for each code there are two limits that its value, divided by its scale, is between. Most are, whatever float32 may have missed; of
+  the few others that is computed.
+- The rounding may do to the adapter's effect what is recorded of it (`lora_merge.checks.kept`).
 """
 
 from __future__ import annotations
@@ -16,14 +14,14 @@ from __future__ import annotations
 import sys
 from functools import lru_cache
 from itertools import pairwise
-from math import isfinite, sqrt
+from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_merge.checks.bounds import REACH
 from lora_merge.checks.decoding.by_code import coded_rows, coding_of
 from lora_merge.checks.decoding.decoder import FLOAT32, UNDERFLOW
-from lora_merge.checks.effect_norms import Norms, Sums, share_of
 from lora_merge.checks.expecting import is_plain_product
+from lora_merge.checks.kept import Factor, Kept
 from lora_merge.runtime.shortage import BLAS_BYTES, need_room
 
 if TYPE_CHECKING:
@@ -50,15 +48,6 @@ _SMALLEST = 2.0**-149
 
 _FEW = 1 / 64
 """The most values, of all, that are looked at one by one."""
-
-_CONDITION = 1e-8
-"""The smallest eigenvalue of G, by its largest, with which the effect is computed here."""
-
-_ELEMENTS = 1 << 15
-"""Values that are looked at together: a pass over so many numbers of eight bytes stays in a processor's cache."""
-
-_NARROW = 16
-"""Inputs for each direction below which the formulas are asked, see `lora_merge.checks.effect`."""
 
 
 class _Rows(NamedTuple):
@@ -91,7 +80,8 @@ class CodedRows:
         assert coding is not None
         self._coding: Coding = coding
         self._is_adapter = op.rounding is not None
-        self._sums, self._beyond = Sums(), 0.0
+        self._factor: Factor | None = None
+        self._kept: Kept | None = None
 
     @staticmethod
     def applies(op: Merge) -> bool:
@@ -106,63 +96,42 @@ class CodedRows:
             and coding_of(op.target, op.source.shape) is not None
         )
 
-    def are_explained(self, rows: Sequence[int], record: Survival | None) -> bool:
-        """Return True where every stored value of some rows is what rounding makes, and what that does to the adapter's effect is what
-        is recorded of all rows; False where that is not known.
-        """
+    def are_explained(self, rows: Sequence[int]) -> bool:
+        """Return True where rounding explains every stored value of some rows; False where that is not known."""
         import numpy as np
 
-        factor = self._reader.floats_source(self._op.deltas[0].factors["A"], range(self._rank), self._rank)
-        if factor is None or record is None or record.effect_norm < 0:
-            return False
-        right = factor.astype(np.float64)
         # What is not finite is not explained.
         with np.errstate(all="ignore"):
-            seeing = _seeing(right)
-            if seeing is None:
+            read = self._read(rows) if self._is_ready() else None
+            if read is None:
                 return False
-            each = max(_ELEMENTS // right.shape[1], 1)
-            parts = (rows[at : at + each] for at in range(0, len(rows), each))
-            return all(self._is_explained(part, right, seeing) for part in parts) and self._is_kept(record)
+            wanted = read.before + read.change
+            numbers = wanted / read.scales
+            low, high = limits(self._coding.meaning, is_adapter=self._is_adapter)
+            is_right = (low[read.codes] <= numbers) & (numbers <= high[read.codes])
+            if not is_right.all() and not self._are_near(read, numbers, np.nonzero(~is_right)):
+                return False
+            error = _table(self._coding.meaning)[read.codes] * read.scales - wanted
+            beyond = _beyond(numbers, read.scales, self._coding.meaning) if self._is_adapter else 0.0
+            assert self._kept is not None
+            self._kept.add(read.change, error, beyond)
+            return True
 
-    @property
-    def _rank(self) -> int:
-        return self._op.deltas[0].factors["A"].shape[0]
-
-    def _is_explained(self, rows: Sequence[int], right: Wide, seeing: Wide) -> bool:
-        """Look at some rows.
-
-        Args:
-            rows: their numbers.
-            right: A.
-            seeing: what errors are multiplied by: what is seen of them then has the length of ``e Qᵀ``.
-        """
-        import numpy as np
-
-        read = self._read(rows, right)
-        if read is None:
+    def are_as_recorded(self, record: Survival | None) -> bool:
+        """Return True where the adapter's effect on the rows that were asked is what is recorded of all."""
+        if record is None or self._kept is None:
             return False
-        wanted = read.before + read.change
-        numbers = wanted / read.scales
-        low, high = limits(self._coding.meaning, is_adapter=self._is_adapter)
-        is_right = (low[read.codes] <= numbers) & (numbers <= high[read.codes])
-        if not is_right.all() and not self._are_near(read, numbers, right, np.nonzero(~is_right)):
-            return False
-        if self._is_adapter:
-            self._beyond += _beyond(numbers, read.scales, self._coding.meaning)
-        error = _table(self._coding.meaning)[read.codes] * read.scales - wanted
-        sums, share = self._sums, share_of(*seeing.shape)
-        sums.error += float(np.square(error @ seeing).sum())
-        # All of the change is in the row space.
-        size = float(np.vdot(read.change, read.change))
-        sums.effect += size
-        # At least by so much float32 may have missed what is recorded.
-        sums.error_off += share**2 * float(np.vdot(error, error))
-        sums.effect_off += share**2 * size
-        sums.n_rows += len(rows)
-        return True
+        return self._kept.is_as_recorded(record, self._op.view.n_rows)
 
-    def _read(self, rows: Sequence[int], right: Wide) -> _Rows | None:
+    def _is_ready(self) -> bool:
+        """Read A, once; return False where nothing can be told with it."""
+        if self._factor is None:
+            self._factor = Factor.of(self._reader, self._op.deltas[0])
+            if self._factor is not None:
+                self._kept = Kept.of(self._factor.a, is_adapter=self._is_adapter)
+        return self._kept is not None
+
+    def _read(self, rows: Sequence[int]) -> _Rows | None:
         """Return some rows; None where one of the files has them in another form."""
         import numpy as np
 
@@ -175,17 +144,17 @@ class CodedRows:
             return None
         wide = left.astype(np.float64)
         need_room(BLAS_BYTES, "multiply matrices")
-        change = (wide @ right) * delta.effective_scale
+        assert self._factor is not None
+        change = (wide @ self._factor.a) * delta.effective_scale
         values = _table(coding.meaning)[before.codes] * _spread(before, coding)
         return _Rows(values, change, wide, _spread(stored, coding), stored.codes)
 
-    def _are_near(self, read: _Rows, numbers: Wide, right: Wide, places: tuple[Any, ...]) -> bool:
+    def _are_near(self, read: _Rows, numbers: Wide, places: tuple[Any, ...]) -> bool:
         """Return whether values are between their limits but for what float32 may have missed.
 
         Args:
             read: their rows.
             numbers: all values of these, divided by their scales.
-            right: A.
             places: rows and columns of the values that are asked.
         """
         import numpy as np
@@ -196,9 +165,10 @@ class CodedRows:
         number, before, change, scale = (
             part[places] for part in (numbers, read.before, read.change, read.scales)
         )
-        factor, rank = abs(self._op.deltas[0].effective_scale), len(right)
+        assert self._factor is not None
+        factor, rank = abs(self._op.deltas[0].effective_scale), len(self._factor.a)
         # The product is off by (r + 5)·2⁻²⁴·|s|·Σ|bᵢaᵢ| at most, and by its underflows; a sum by 2⁻²⁴ of the sizes of its parts.
-        off = np.einsum("nr,rn->n", np.abs(read.left[rows]), np.abs(right[:, columns]))
+        off = np.einsum("nr,rn->n", np.abs(read.left[rows]), self._factor.sizes[:, columns])
         off *= (rank + 5) * FLOAT32 * factor
         off += (factor * rank + 2) * _SMALLEST
         off += (np.abs(before) + np.abs(change)) * FLOAT32
@@ -209,15 +179,6 @@ class CodedRows:
         )
         return bool(((low - off <= number) & (number <= high + off) & np.isfinite(number)).all())
 
-    def _is_kept(self, record: Survival) -> bool:
-        """Return True where the effect of the rows is what is recorded of all."""
-        norms, n_rows = Norms.of(self._sums), self._op.view.n_rows
-        if not isfinite(norms.error + norms.effect):
-            return False
-        if norms.against(record, self._sums, n_rows, is_whole=self._sums.n_rows == n_rows):
-            return False
-        return not self._is_adapter or norms.is_surely_kept(sqrt(self._beyond))
-
 
 def _spread(coded: Coded, coding: Coding) -> Wide:
     """Return the scale of each value."""
@@ -225,25 +186,6 @@ def _spread(coded: Coded, coding: Coding) -> Wide:
 
     width = coded.codes.shape[1]
     found: Wide = np.repeat(coded.scales, coding.group or width, 1)[:, :width]
-    return found
-
-
-def _seeing(right: Wide) -> Wide | None:
-    """Return ``Aᵀ V D^-½`` of A's rows at length 1: float64 ``[in, r]``, an orthonormal basis of them as columns. None where that is not
-    exact enough, or where A sees a good part of all directions.
-    """
-    import numpy as np
-
-    rank, n_inputs = right.shape
-    lengths = np.sqrt(np.square(right).sum(1))
-    if rank * _NARROW > n_inputs or not np.isfinite(lengths).all() or not lengths.all():
-        return None
-    need_room(BLAS_BYTES, "multiply matrices")
-    rows = right / lengths[:, None]
-    values, vectors = np.linalg.eigh(rows @ rows.T)
-    if not values[0] > _CONDITION * values[-1]:
-        return None
-    found: Wide = rows.T @ (vectors / np.sqrt(values))
     return found
 
 

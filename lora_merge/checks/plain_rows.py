@@ -1,4 +1,5 @@
-"""Rows of the most frequent merge, recomputed without torch: one product added to plain values, each rounded to the nearest number.
+"""Rows of the most frequent merges, recomputed without torch: one product added to plain values, each rounded to the nearest number or for
+the adapter.
 
 It says yes, or that it does not know. Then `lora_merge.checks.recompute` asks its formulas, and says what is wrong. The limits are
 those of `lora_merge.checks.formulas` and `lora_merge.checks.bounds`: what float32 computes is off by an error that is known, and the
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.checks.bounds import REACH
 from lora_merge.checks.expecting import is_plain_product
+from lora_merge.checks.kept import Factor, Kept
 from lora_merge.checks.rounding import PRECISION, SMALLEST
 from lora_merge.core.weight import WEIGHT
 from lora_merge.runtime.shortage import BLAS_BYTES, need_room
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     from lora_merge.checks.reading import Reader
     from lora_merge.core.plan import Merge
+    from lora_merge.core.tensor import Survival
     from lora_merge.core.weight import Weight
 
     Wide = np.ndarray[Any, np.dtype[np.float64]]
@@ -41,14 +45,16 @@ class PlainRows:
 
     def __init__(self, reader: Reader, op: Merge, written: Weight) -> None:
         self._reader, self._op, self._written = reader, op, written
-        self._right: tuple[Wide, Wide] | None = None
+        self._is_adapter = op.rounding is not None
+        self._factor: Factor | None = None
+        self._kept: Kept | None = None
 
     @staticmethod
     def applies(op: Merge) -> bool:
         """Return whether the rows of a weight can be recomputed here."""
         return (
             op.combination is None
-            and op.rounding is None
+            and (op.rounding is None or op.rounding.method == "adapter")
             and op.source.plain is not None
             and op.target.is_dense
             and op.target.dtype in PRECISION
@@ -68,40 +74,47 @@ class PlainRows:
         before = reader.floats_source(source, rows, n_rows)
         stored = reader.floats_rows(self._written.parts[WEIGHT], rows, n_rows)
         left = reader.floats_source(delta.factors["B"], rows, n_rows)
-        right = self._of_right()
-        if before is None or stored is None or left is None or right is None:
+        if before is None or stored is None or left is None or not self._is_ready():
             return False
+        assert self._factor is not None
         # What is not finite is not explained.
         with np.errstate(all="ignore"):
-            exact, off = _changed(
-                before.astype(np.float64), left.astype(np.float64), right, delta.effective_scale
+            exact, off, change = changed(
+                before.astype(np.float64), left.astype(np.float64), self._factor, delta.effective_scale
             )
-            low, high = (rounded(end, op.target.dtype) for end in (exact - off, exact + off))
+            ends = exact - off, exact + off
+            if self._kept is not None:
+                # As far as rounding for the adapter may move a value.
+                reach = REACH * np.maximum(*(step(end, op.target.dtype) for end in ends))
+                ends = ends[0] - reach, ends[1] + reach
+                self._kept.add(change, stored - exact)
+            low, high = (rounded(end, op.target.dtype) for end in ends)
             return bool(((low <= stored) & (stored <= high)).all())
 
-    def _of_right(self) -> tuple[Wide, Wide] | None:
-        """Return A and its absolute values, float64 ``[r, in]``; they are read once."""
-        import numpy as np
+    def are_as_recorded(self, record: Survival | None) -> bool:
+        """Return True where the adapter's effect on the rows that were asked is what is recorded of all, if anything is to be."""
+        if self._kept is None:
+            return True
+        return record is not None and self._kept.is_as_recorded(record, self._op.view.n_rows)
 
-        if self._right is None:
-            ref = self._op.deltas[0].factors["A"]
-            found = self._reader.floats_source(ref, range(ref.shape[0]), ref.shape[0])
-            if found is None:
-                return None
-            wide = found.astype(np.float64)
-            self._right = wide, np.abs(wide)
-        return self._right
+    def _is_ready(self) -> bool:
+        """Read A, once; return False where nothing can be told with it."""
+        if self._factor is None:
+            self._factor = Factor.of(self._reader, self._op.deltas[0])
+            if self._factor is not None and self._is_adapter:
+                self._kept = Kept.of(self._factor.a, is_adapter=True)
+        return self._factor is not None and (self._kept is not None or not self._is_adapter)
 
 
-def _changed(before: Wide, left: Wide, right: tuple[Wide, Wide], scale: float) -> tuple[Wide, Wide]:
-    """Return W + s · BA, and by how much float32 may have missed it.
+def changed(before: Wide, left: Wide, right: Factor, scale: float) -> tuple[Wide, Wide, Wide]:
+    """Return W + s · BA, by how much float32 may have missed it, and s · BA.
 
     The product is off by (r + 5)·2⁻²⁴·|s|·Σ|bᵢaᵢ| at most, and by its underflows; the sum by 2⁻²⁴ of the sizes of its parts.
 
     Args:
         before: W, ``[rows, in]``.
         left: rows of B.
-        right: A, and |A|.
+        right: A.
         scale: s.
     """
     import numpy as np
@@ -115,7 +128,7 @@ def _changed(before: Wide, left: Wide, right: tuple[Wide, Wide], scale: float) -
     off = reach * ((len(a) + 5) * _FLOAT32 * abs(scale))
     off += (abs(scale) * len(a) + 2) * _UNDERFLOW
     off += (np.abs(before) + np.abs(change)) * _FLOAT32
-    return before + change, off
+    return before + change, off, change
 
 
 def rounded(values: Wide, dtype: str) -> Wide:
@@ -124,9 +137,17 @@ def rounded(values: Wide, dtype: str) -> Wide:
     """
     import numpy as np
 
-    # The exponent of each value, from its bits, and from it the distance of the two numbers around it.
+    steps = step(values, dtype)
+    found: Wide = np.rint(values / steps) * steps
+    return found
+
+
+def step(values: Wide, dtype: str) -> Wide:
+    """Return the distance of the two numbers of a dtype around each value, see `lora_merge.checks.rounding`."""
+    import numpy as np
+
+    # The exponent of each value, from its bits.
     exponents = (values.view(np.int64) >> 52) & ((1 << 11) - 1)
     exponents = np.maximum(exponents - (PRECISION[dtype] - 1), SMALLEST[dtype] + 1023)
-    steps: Wide = (exponents << 52).view(np.float64)
-    found: Wide = np.rint(values / steps) * steps
+    found: Wide = (exponents << 52).view(np.float64)
     return found

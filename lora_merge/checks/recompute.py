@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from functools import reduce
-from itertools import chain, groupby
+from itertools import groupby
 from math import inf, isfinite
 from operator import itemgetter, or_
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ from lora_merge.storage.ahead import read_ahead
 from lora_merge.words import listing, of_several
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     import torch
 
@@ -148,6 +148,10 @@ class _Wrong:
         return cls(numbers, at_column, float(stored[at_row, at_column]), float(wanted[at_row, at_column]))
 
 
+_QUICK = (PlainRows, CodedRows)
+"""What recomputes rows without torch, and says yes, or that it does not know."""
+
+
 class _Compared:
     """The rows of one merged weight that are compared with the formula.
 
@@ -163,8 +167,9 @@ class _Compared:
         self._reader, self._step, self._op, self._overall = reader, step, step.op, overall
         self._written = _written(evidence, step)
         self._scales = Scales.of(self._op, self._written, reader)
-        self._plain = PlainRows(reader, self._op, self._written) if PlainRows.applies(self._op) else None
-        self._coded = CodedRows(reader, self._op, self._written) if CodedRows.applies(self._op) else None
+        self._quick = next(
+            (kind(reader, self._op, self._written) for kind in _QUICK if kind.applies(self._op)), None
+        )
 
     def problems(self, chunks: Sequence[list[int]], record: Survival | None) -> Iterator[Issue | None]:
         """Yield an issue when some rows are further from the formula than rounding explains, or when rounding did another
@@ -172,8 +177,7 @@ class _Compared:
         scale is not that of its values; None after each chunk of rows.
         """
         yield self._other_shape()
-        if self._coded is not None and self._coded.are_explained(list(chain(*chunks)), record):
-            yield None
+        if (yield from self._settled(chunks, record)):
             return
         effect = None
         if self._op.deltas and self._op.combination is None and not _is_nearest(self._op):
@@ -193,6 +197,18 @@ class _Compared:
         elif effect is not None and effect.is_asked:
             yield effect.problem(self._step.name, record)
 
+    def _settled(
+        self, chunks: Sequence[list[int]], record: Survival | None
+    ) -> Generator[Issue | None, None, bool]:
+        """Return True where all is right for sure, by what needs no torch; yield None after each chunk of rows."""
+        if self._quick is None:
+            return False
+        for rows in chunks:
+            if not self._quick.are_explained(rows):
+                return False
+            yield None
+        return self._quick.are_as_recorded(record)
+
     def _other_shape(self) -> Issue | None:
         """Return an issue if the part that states the weight's shape states another one. No code depends on it, so nothing else
         notices.
@@ -206,8 +222,6 @@ class _Compared:
         return error("wrong-shape", ref.name, f"says that the weight has shape {found}, expected {expected}")
 
     def _compare(self, rows: list[int], effect: Effect | None) -> _Wrong | None:
-        if self._plain is not None and self._plain.are_explained(rows):
-            return None
         import torch
 
         op = self._op

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from lora_merge.checks.coded_rows import CodedRows
 from lora_merge.checks.expecting import is_plain_sum
+from lora_merge.checks.plain_rows import PlainRows
 from lora_merge.checks.projecting import needs_no_torch, read_once
 from lora_merge.checks.projection import Projection
 from lora_merge.core.plan import Merge
 from lora_merge.core.weight import WEIGHT
 from lora_merge.formats.safetensors import tensor_digest
-from lora_merge.merging.worker import is_hosted
 from lora_merge.runtime.torch_threads import one_torch_thread
 
 if TYPE_CHECKING:
@@ -66,10 +66,15 @@ class Digests:
 
 def asks_torch(steps: Iterable[Step]) -> bool:
     """Return whether torch is needed to verify what some steps made, if all is right."""
-    return any(
-        isinstance(step.op, Merge) and not (is_hosted(step.op) or CodedRows.applies(step.op))
-        for step in steps
-    )
+    return any(isinstance(step.op, Merge) and not _is_settled(step) for step in steps)
+
+
+def _is_settled(step: Step) -> bool:
+    """Return whether a merge can be verified without torch, if all is right."""
+    assert isinstance(step.op, Merge)
+    if CodedRows.applies(step.op):
+        return True
+    return PlainRows.applies(step.op) and needs_no_torch(step) and is_plain_sum(step.op)
 
 
 def look(

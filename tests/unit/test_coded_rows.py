@@ -100,6 +100,10 @@ def drawn(name, generator):
     return codes & 0xBF if STORAGES[name][1] == "F8_E5M2" else codes
 
 
+def said_of(coded, rows, record):
+    return coded.are_explained(rows) and coded.are_as_recorded(record)
+
+
 class Made:
     """A weight, an adapter of it, and the merge; what is stored is chosen by the test."""
 
@@ -163,7 +167,7 @@ class Made:
         plain, wanted = [], []
         for row in range(ROWS) if rows is None else rows:
             with self.reader() as reader:
-                plain.append(CodedRows(reader, self.op, written).are_explained([row], PERMISSIVE))
+                plain.append(said_of(CodedRows(reader, self.op, written), [row], PERMISSIVE))
                 site = Site(reader, self.op, [row], "F32")
                 exact, off = changed(site, self.op.deltas, site.start([row]))
                 found = Wanted(self.op, reader.written(written, [row], ROWS), exact, off)
@@ -270,7 +274,7 @@ def test_a_record_is_met_as_by_the_formulas(tmp_path, name):
     def said(norm, error, rows=rows):
         with made.reader() as reader:
             record = replace(PERMISSIVE, effect_norm=norm, effect_error=error)
-            return CodedRows(reader, made.op, written).are_explained(rows, record)
+            return said_of(CodedRows(reader, made.op, written), rows, record)
 
     assert said(norm, error)
     assert said(norm * (1 + 1e-7), error * (1 - 1e-7))
@@ -281,7 +285,7 @@ def test_a_record_is_met_as_by_the_formulas(tmp_path, name):
     assert not said(norm / 100, error, some)
     assert not said(norm, error / 100, some)
     with made.reader() as reader:
-        assert not CodedRows(reader, made.op, written).are_explained(rows, None)
+        assert not said_of(CodedRows(reader, made.op, written), rows, None)
 
 
 def test_a_tie_is_explained_by_what_float32_may_miss(tmp_path):

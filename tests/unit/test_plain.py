@@ -263,6 +263,20 @@ def test_torch_is_not_loaded(base, adapter, tmp_path, level, executor):
     assert "row 999, column 0" in text
 
 
+def test_verification_of_a_rounding_for_the_adapter_loads_no_torch(base, adapter, tmp_path):
+    merge = ("--base", base, "--adapter", adapter(), "--out", tmp_path / "out", "--rounding", "adapter")
+    assert run_program(*merge)[:2] == (0, True)
+    for level in ("sample", "full"):
+        assert run_program("verify", tmp_path / "out", "--level", level)[:2] == (0, False)
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][999, 0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    code, is_loaded, text = run_program("verify", tmp_path / "out")
+    assert (code, is_loaded) == (exits.VERIFY, True)
+    assert "row 999, column 0" in text
+
+
 def test_torch_is_loaded_for_what_needs_it(base, adapter, tmp_path):
     merge = ("--base", base, "--adapter", adapter(use_dora=True), "--out", tmp_path / "out")
     assert run_program(*merge)[:2] == (0, True)

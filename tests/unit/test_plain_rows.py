@@ -21,7 +21,7 @@ from lora_merge.checks.rounding import rounded as rounded_by_torch
 from lora_merge.checks.weighing import Pattern, weights_of
 from lora_merge.core.adapter import Delta
 from lora_merge.core.plan import Combination, Rounding
-from lora_merge.core.tensor import Region
+from lora_merge.core.tensor import Region, Survival
 from lora_merge.core.view import View
 from lora_merge.core.weight import Weight
 from lora_merge.deltas import LowRankFacts
@@ -48,10 +48,10 @@ def ref_of(path, name):
 def merge(tmp_path):
     """Return a function that writes base, adapter and output, and returns the merge, and the weight as it is written."""
 
-    def made(dtype="BF16", factors="F32", scale=0.37, size=1.0, seed=0, spoil=lambda stored: None):
+    def made(dtype="BF16", factors="F32", scale=0.37, size=1.0, seed=0, rank=RANK, spoil=lambda stored: None):
         generator = torch.Generator().manual_seed(seed)
         base = drawn((ROWS, COLUMNS), generator, dtype, size)
-        a, b = drawn((RANK, COLUMNS), generator, factors), drawn((ROWS, RANK), generator, factors, size)
+        a, b = drawn((rank, COLUMNS), generator, factors), drawn((ROWS, rank), generator, factors, size)
         stored = (base.float() + (b.float() @ a.float()) * scale).to(TORCH[dtype])
         spoil(stored)
         for name, tensors in (("base", {"w": base}), ("adapter", {"a": a, "b": b}), ("out", {"w": stored})):
@@ -121,6 +121,40 @@ def test_rounding_is_that_of_torch_arithmetic(dtype):
     values[::7] = values[::7].bfloat16().double()  # some are numbers already
     values[::11] = 0
     assert rounded(values.numpy(), dtype).tolist() == rounded_by_torch(values, dtype).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("by", [0, 1, 3, 4, 5, 6, 40])
+def test_values_that_were_moved_for_the_adapter_are_those_of_the_formulas(merge, dtype, by):
+    generator = np.random.default_rng(by)
+
+    def spoil(stored):
+        # Of each row one value is some steps away.
+        bits = stored.view(torch.int16)
+        for row in range(ROWS):
+            bits[row, generator.integers(COLUMNS)] += int(generator.choice([-by, by]))
+
+    op, written = merge(dtype, "F32", rank=2, spoil=spoil)
+    op = replace(op, rounding=Rounding("adapter"))
+    permissive = Survival(1.0, 1.0, 0.0, 0.0, effect_norm=1e30, effect_error=1e30)
+    plain, wanted, kept = [], [], []
+    for row in range(ROWS):
+        with contextlib.ExitStack() as stack:
+            reader = Reader(stack)
+            rows = PlainRows(reader, op, written)
+            plain.append(rows.are_explained([row]))
+            kept.append(rows.are_as_recorded(permissive))
+            assert not rows.are_as_recorded(None)
+            site = Site(reader, op, [row], op.between_dtype)
+            exact, off = changed(site, op.deltas, site.start([row]))
+            found = Wanted(op, reader.written(written, [row], ROWS), exact, off)
+            wanted.append(bool(found.is_explained(torch.ones(1, 1, dtype=torch.bool)).all()))
+    assert plain == wanted
+    assert any(kept) or by > 5
+    if by < 4:
+        assert all(plain)
+    if by == 40:
+        assert not any(plain)
 
 
 def test_other_merges_are_left_to_the_formulas(merge):
