@@ -111,10 +111,11 @@ class CodedRows:
             is_right = (low[read.codes] <= numbers) & (numbers <= high[read.codes])
             if not is_right.all() and not self._are_near(read, numbers, np.nonzero(~is_right)):
                 return False
-            error = _table(self._coding.meaning)[read.codes] * read.scales - wanted
-            beyond = _beyond(numbers, read.scales, self._coding.meaning) if self._is_adapter else 0.0
+            meaning = self._coding.meaning
+            error = _table(meaning)[read.codes] * read.scales - wanted
+            beyond = _beyond(numbers, read.scales, meaning) if self._is_adapter else 0.0
             assert self._kept is not None
-            self._kept.add(read.change, error, beyond)
+            self._kept.add(read.change, error, lambda: _others(read, numbers, meaning), beyond)
             return True
 
     def are_as_recorded(self, record: Survival | None) -> bool:
@@ -187,6 +188,25 @@ def _spread(coded: Coded, coding: Coding) -> Wide:
     width = coded.codes.shape[1]
     found: Wide = np.repeat(coded.scales, coding.group or width, 1)[:, :width]
     return found
+
+
+def _others(read: _Rows, numbers: Wide, meaning: tuple[float, ...]) -> tuple[Wide, Wide]:
+    """Return what the nearest levels would add to the values, of all of them, and of those alone that have levels on both sides.
+
+    Args:
+        read: the rows.
+        numbers: their values, divided by their scales.
+        meaning: of the codes.
+    """
+    import numpy as np
+
+    levels, (low, high) = np.array(_levels(meaning)), limits(meaning, is_adapter=False)
+    found = _table(meaning)[read.codes]
+    # Most values became the nearest level anyway.
+    places = np.nonzero(~((low[read.codes] <= numbers) & (numbers <= high[read.codes])))
+    found[places] = levels[np.searchsorted((levels[:-1] + levels[1:]) / 2, numbers[places])]
+    nearest: Wide = (found - numbers) * read.scales
+    return nearest, np.where((levels[0] <= numbers) & (numbers <= levels[-1]), nearest, 0.0)
 
 
 def _beyond(numbers: Wide, scales: Wide, meaning: tuple[float, ...]) -> float:

@@ -91,16 +91,23 @@ class Norms:
         is_much = self.within > max(_LOST * self.effect, 4 * self.error_off, self.steps)
         return is_much and self.error + self.error_off >= self.nearest
 
-    def is_surely_kept(self, beyond: float) -> bool:
-        """Return True where `is_lost` is False, without a look at the nearest numbers.
+    def is_much_less(self, beyond: float) -> bool:
+        """Return True where `is_lost` is False, whatever the nearest numbers would lose, and whatever is off.
 
-        Where the effect is lost, ``within`` is larger than the share that is much and than four times off, and ``error + off ≥
-        nearest ≥ within - beyond``. So the error is larger than three quarters of that share, less what is beyond.
+        Where the effect is lost, ``error + off ≥ nearest ≥ within - beyond``, and ``within`` is larger than the share that is much and than
+        four times off. So the error is larger than three quarters of that share, less what is beyond.
 
         Args:
             beyond: how far values are from the last numbers of the grid, all that are beyond them together.
         """
         return self.error <= 0.75 * _LOST * self.effect - beyond
+
+    def is_surely_kept(self) -> bool:
+        """Return True where `is_lost` is False, whatever is off, with ``nearest`` and ``within`` known.
+
+        Where the effect is lost, off is less than a quarter of ``within``.
+        """
+        return self.within <= _LOST * self.effect or self.error <= self.nearest - self.within / 4
 
     def against(self, record: Survival, sums: Sums, n_rows: int, *, is_whole: bool) -> str:
         """Return what differs from a record, as a sentence; empty where nothing does."""

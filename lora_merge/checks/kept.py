@@ -14,6 +14,8 @@ from lora_merge.checks.effect_norms import Norms, Sums, share_of
 from lora_merge.runtime.shortage import BLAS_BYTES, need_room
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
     from lora_merge.checks.reading import Reader
@@ -64,6 +66,7 @@ class Kept:
     def __init__(self, seeing: Wide, *, is_adapter: bool) -> None:
         self._seeing, self._is_adapter = seeing, is_adapter
         self._sums, self._beyond = Sums(), 0.0
+        self._is_asked, self._n_others = False, 0
 
     @classmethod
     def of(cls, right: Wide, *, is_adapter: bool) -> Kept | None:
@@ -74,26 +77,42 @@ class Kept:
             seeing = _seeing(right)
         return None if seeing is None else cls(seeing, is_adapter=is_adapter)
 
-    def add(self, change: Wide, error: Wide, beyond: float = 0.0) -> None:
+    def add(
+        self, change: Wide, error: Wide, others: Callable[[], tuple[Wide, Wide]], beyond: float = 0.0
+    ) -> None:
         """Look at some rows.
 
         Args:
             change: what is added to them, ``[rows, columns]``; all of it is in the row space.
             error: what rounding adds to that.
+            others: returns what the nearest numbers would add, of all values, and of those alone that have numbers on both sides. It is
+                asked from the first rows on for which that may have to be known.
             beyond: the squares of the distances of values from the last numbers of a grid, those beyond them.
         """
         import numpy as np
 
         sums, share = self._sums, share_of(*self._seeing.shape)
-        need_room(BLAS_BYTES, "multiply matrices")
-        sums.error += float(np.square(error @ self._seeing).sum())
-        size = float(np.vdot(change, change))
+        found, size = self._seen(error), float(np.vdot(change, change))
+        self._is_asked |= not Norms.of(Sums(error=found, effect=size)).is_much_less(sqrt(beyond))
+        if self._is_adapter and self._is_asked:
+            nearest, within = others()
+            sums.nearest += self._seen(nearest)
+            sums.within += self._seen(within)
+            self._n_others += len(change)
+        sums.error += found
         sums.effect += size
         # At least by so much float32 may have missed what is recorded.
         sums.error_off += share**2 * float(np.vdot(error, error))
         sums.effect_off += share**2 * size
         sums.n_rows += len(change)
         self._beyond += beyond
+
+    def _seen(self, error: Wide) -> float:
+        """Return the square of what is seen of an error."""
+        import numpy as np
+
+        need_room(BLAS_BYTES, "multiply matrices")
+        return float(np.square(error @ self._seeing).sum())
 
     def is_as_recorded(self, record: Survival, n_rows: int) -> bool:
         """Return True where the effect on the rows is what is recorded of all; False where that is not known.
@@ -109,7 +128,9 @@ class Kept:
             return False
         if norms.against(record, self._sums, n_rows, is_whole=self._sums.n_rows == n_rows):
             return False
-        return not self._is_adapter or norms.is_surely_kept(sqrt(self._beyond))
+        if not self._is_adapter or norms.is_much_less(sqrt(self._beyond)):
+            return True
+        return self._n_others == self._sums.n_rows and norms.is_surely_kept()
 
 
 def _seeing(right: Wide) -> Wide | None:

@@ -69,7 +69,7 @@ class PlainRows:
 
         op, reader, n_rows = self._op, self._reader, self._op.view.n_rows
         (delta,) = op.deltas
-        source = op.source.plain
+        source, dtype = op.source.plain, op.target.dtype
         assert source is not None
         before = reader.floats_source(source, rows, n_rows)
         stored = reader.floats_rows(self._written.parts[WEIGHT], rows, n_rows)
@@ -85,10 +85,10 @@ class PlainRows:
             ends = exact - off, exact + off
             if self._kept is not None:
                 # As far as rounding for the adapter may move a value.
-                reach = REACH * np.maximum(*(step(end, op.target.dtype) for end in ends))
+                reach = REACH * np.maximum(*(step(end, dtype) for end in ends))
                 ends = ends[0] - reach, ends[1] + reach
-                self._kept.add(change, stored - exact)
-            low, high = (rounded(end, op.target.dtype) for end in ends)
+                self._kept.add(change, stored - exact, lambda: (rounded(exact, dtype) - exact,) * 2)
+            low, high = (rounded(end, dtype) for end in ends)
             return bool(((low <= stored) & (stored <= high)).all())
 
     def are_as_recorded(self, record: Survival | None) -> bool:

@@ -110,7 +110,8 @@ class HostGrid(NamedTuple):
         import numpy as np
 
         codes = stored if self.bits == 8 else np.stack([stored & 15, stored >> 4], 2).reshape(len(stored), -1)
-        found: Numbers = self.levels[codes[:, : self.width]] * self.spread(len(stored))
+        with np.errstate(all="ignore"):  # what is too large becomes infinite, as with torch
+            found: Numbers = self.levels[codes[:, : self.width]] * self.spread(len(stored))
         return found
 
     def spread(self, n_lines: int) -> Numbers:

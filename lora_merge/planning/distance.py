@@ -121,10 +121,13 @@ def _is_plain(delta: PlacedDelta) -> bool:
 
 def _square(delta: PlacedDelta, factors: Factors) -> float:
     """Return ‖B A‖², by the small products Bᵀ B and A Aᵀ."""
+    import numpy as np
+
     if _is_plain(delta):
         left, right = (load_numbers(delta.factors[role]) for role in ("B", "A"))
         need_room(BLAS_BYTES, "multiply matrices")
-        return max(float(((right @ right.T) * (left.T @ left)).sum(dtype="float64")), 0.0)
+        with np.errstate(all="ignore"):  # a norm that is not finite is left out
+            return max(float(((right @ right.T) * (left.T @ left)).sum(dtype=np.float64)), 0.0)
     import torch
 
     found = factors.of(delta.delta, delta.part)
@@ -174,6 +177,8 @@ def _bytes_read(weight: Weight) -> int:
 
 def _difference(one: Weight, other: Weight) -> float:
     """Return the root mean square of the difference of two weights, over the sample."""
+    import numpy as np
+
     n_rows = _rows(one)
     total, count = 0.0, 0
     with (
@@ -181,7 +186,8 @@ def _difference(one: Weight, other: Weight) -> float:
         WeightReader(other, n_rows, is_watched=True) as theirs,
     ):
         for start, end in _sample(n_rows, math.prod(one.shape) // n_rows):
-            difference = mine.numbers(start, end) - theirs.numbers(start, end)
-            total += float((difference * difference).sum(dtype="float64"))
+            with np.errstate(all="ignore"):  # a ratio that is not finite is left out
+                difference = mine.numbers(start, end) - theirs.numbers(start, end)
+                total += float((difference * difference).sum(dtype=np.float64))
             count += difference.size
     return math.sqrt(total / count)

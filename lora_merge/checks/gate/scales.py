@@ -42,7 +42,7 @@ def scales(output: Output) -> Iterator[Issue]:
             found = [(module.shared, True), (module.scales, False)]
             for ref, is_shared in found if module.codes is not None else ():
                 if ref is not None and (why := _wrong(ref, opened, is_shared=is_shared)):
-                    hint = "quantise the weight again, or download the file again: it cannot be decoded"
+                    hint = "quantise the weight again, or download the file again: engines multiply its codes by that"
                     yield error("bad-scale", ref.name, why, hint)
 
 

@@ -193,5 +193,6 @@ class CodedAddend:
         need_room(BLAS_BYTES, "multiply matrices")
         left, right, factor = self._added
         b, a = left.astype(np.float64) * factor, right.astype(np.float64)
-        # ‖BA‖² = ⟨BᵀB, AAᵀ⟩ takes r² for each row in place of its width.
-        choosing.know(float(((b.T @ b) * (a @ a.T)).sum()), self._errors)
+        with np.errstate(all="ignore"):  # what is not finite is not written
+            # ‖BA‖² = ⟨BᵀB, AAᵀ⟩ takes r² for each row in place of its width.
+            choosing.know(float(((b.T @ b) * (a @ a.T)).sum()), self._errors)
