@@ -49,12 +49,12 @@ class OverallScales:
         """
         if GLOBAL not in weight.parts:
             return None
-        import torch
-
         sizes = [self._largest.get(_key(one)) for one in (op, *op.surveyed)]
         known = [size for size in sizes if size is not None]
         if len(known) < len(sizes):
             return None
+        import torch
+
         rule, part = rule_of_overall(), weight.parts[GLOBAL]
         size, found = torch.stack(known).amax(0)[:, None], reader.whole(part)
         if not is_known(size) or rule.is_explained(found, size):

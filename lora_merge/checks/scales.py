@@ -94,6 +94,8 @@ class Scales:
             weight: as it is in the output.
             reader: of all files.
         """
+        if op.on_stored_grid:
+            return None
         overall = reader.whole(weight.parts[GLOBAL]) if GLOBAL in weight.parts else None
         rule = rule_of(op, overall)
         return cls(weight, rule, overall) if rule else None

@@ -207,6 +207,24 @@ def test_odd_factors_are_left_to_torch_or_the_same(base, adapter, by_torch, tmp_
 
 @pytest.mark.parametrize("rounding", ["nearest", "adapter"])
 @pytest.mark.parametrize("level", ["sample", "full"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "mxfp4", "nvfp4"])
+def test_no_storage_needs_torch(base, adapter, tmp_path, scheme, level, rounding):
+    merge = (
+        "--base",
+        base(scheme),
+        "--adapter",
+        adapter(lora_alpha=1),
+        "--out",
+        tmp_path / "out",
+        "--allow-again",
+    )
+    how = ("--out-storage", "base", "--rounding", rounding, "--verify", level, "--allow-loss")
+    assert run_program(*merge, *how)[:2] == (0, False)
+    assert run_program("verify", tmp_path / "out", "--level", level)[:2] == (0, False)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "adapter"])
+@pytest.mark.parametrize("level", ["sample", "full"])
 def test_torch_is_not_loaded(base, adapter, tmp_path, level, rounding):
     merge = ("--base", base("fp8-block"), "--adapter", adapter(), "--out", tmp_path / "out", "--allow-again")
     how = ("--out-storage", "base", "--rounding", rounding, "--verify", level, "--allow-loss")
