@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lora_merge.checks.bounds import REACH
 from lora_merge.checks.decoding.by_code import coded_rows, coding_of
 from lora_merge.checks.decoding.decoder import FLOAT32, UNDERFLOW
-from lora_merge.checks.expecting import is_plain_product
+from lora_merge.checks.expecting import is_one_product
 from lora_merge.checks.kept import Factor, Kept
 from lora_merge.runtime.shortage import BLAS_BYTES, need_room
 
@@ -86,15 +86,7 @@ class CodedRows:
     @staticmethod
     def applies(op: Merge) -> bool:
         """Return whether the rows of a weight can be recomputed here."""
-        return (
-            op.on_stored_grid
-            and op.combination is None
-            and (op.rounding is None or op.rounding.method == "adapter")
-            and len(op.deltas) == 1
-            and op.deltas[0].adapter_weight == 1
-            and is_plain_product(op.deltas[0])
-            and coding_of(op.target, op.source.shape) is not None
-        )
+        return op.on_stored_grid and is_one_product(op) and coding_of(op.target, op.source.shape) is not None
 
     def are_explained(self, rows: Sequence[int]) -> bool:
         """Return True where rounding explains every stored value of some rows; False where that is not known."""

@@ -57,6 +57,17 @@ def is_plain_product(delta: PlacedDelta) -> bool:
     )
 
 
+def is_one_product(op: Merge) -> bool:
+    """Return whether a merge adds one such product and rounds to the nearest number, or for the adapter."""
+    return (
+        op.combination is None
+        and (op.rounding is None or op.rounding.method == "adapter")
+        and len(op.deltas) == 1
+        and op.deltas[0].adapter_weight == 1
+        and is_plain_product(op.deltas[0])
+    )
+
+
 def is_plain_sum(op: Merge) -> bool:
     """Return whether `expect` needs no torch for a merge: nothing but such products is added."""
     return op.combination is None and all(map(is_plain_product, op.deltas))

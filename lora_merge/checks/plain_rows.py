@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.checks.bounds import REACH
-from lora_merge.checks.expecting import is_plain_product
+from lora_merge.checks.expecting import is_one_product
 from lora_merge.checks.kept import Factor, Kept
 from lora_merge.checks.rounding import PRECISION, SMALLEST
 from lora_merge.core.weight import WEIGHT
@@ -53,14 +53,10 @@ class PlainRows:
     def applies(op: Merge) -> bool:
         """Return whether the rows of a weight can be recomputed here."""
         return (
-            op.combination is None
-            and (op.rounding is None or op.rounding.method == "adapter")
-            and op.source.plain is not None
+            op.source.plain is not None
             and op.target.is_dense
             and op.target.dtype in PRECISION
-            and len(op.deltas) == 1
-            and op.deltas[0].adapter_weight == 1
-            and is_plain_product(op.deltas[0])
+            and is_one_product(op)
         )
 
     def are_explained(self, rows: Sequence[int]) -> bool:
