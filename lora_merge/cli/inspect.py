@@ -11,6 +11,7 @@ from lora_merge.cli import exits
 from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.options import SETTINGS, console_of, options
 from lora_merge.cli.reports import page_file
+from lora_merge.cli.torch_ahead import load_for_inspect
 
 
 @click.command(cls=Verb, context_settings=SETTINGS)
@@ -27,6 +28,8 @@ def inspect(*, full: bool, json: bool, quiet: bool, verbose: bool, **flags: Any)
       lora-merge inspect my-lora --base Llama-3-8B --plot my-lora.html
       lora-merge inspect org/my-lora@v1 --engine vllm --json
     """
+    # Before the imports that follow, which take as long.
+    load_for_inspect(flags)
     from lora_merge.inspection.run import inspect_adapter
     from lora_merge.reporting.subject import subject_of
     from lora_merge.requests.parsing import parse_request

@@ -70,6 +70,12 @@ def load_for_verify(flags: Mapping[str, Any]) -> None:
         load_beside()
 
 
+def load_for_inspect(flags: Mapping[str, Any]) -> None:
+    """Begin to load torch's library, if a change is to be measured against a base."""
+    if flags.get("base"):
+        load_beside()
+
+
 def _has_kept_scales(out: object) -> bool:
     """Return whether the weights of an output have the storage of its base, and its scales."""
     # Most outputs are not asked, and what is imported here delays the guess.

@@ -131,3 +131,9 @@ def test_verification_of_kept_scales_needs_none(tmp_path, loaded, storage, is_lo
     (tmp_path / "merge_manifest.json").write_text(json.dumps(manifest))
     torch_ahead.load_for_verify({**VERIFY, "out": str(tmp_path)})
     assert bool(loaded) == is_loaded
+
+
+@pytest.mark.parametrize("base", [None, "some/base"])
+def test_inspect_needs_it_for_a_base(loaded, base):
+    torch_ahead.load_for_inspect({"base": base})
+    assert bool(loaded) == bool(base)
