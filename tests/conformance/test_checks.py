@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import signal
 import threading
@@ -19,6 +18,7 @@ from lora_merge.adapters import read
 from lora_merge.checks import CHECKS, Evidence
 from lora_merge.checks.choosing import has_formula, some_rows
 from lora_merge.checks.expecting import manner_of
+from lora_merge.checks.plain_rows import PlainRows
 from lora_merge.checks.reckoners import reckoners
 from lora_merge.checks.verdict import verify
 from lora_merge.core.adapter import Delta
@@ -40,10 +40,6 @@ from tests.parity import building
 from tests.parity.kinds import KINDS
 from tests.steps import dense_merge
 from tests.tampering import edit_json, edit_pickle, to_pickles
-
-recomputing = importlib.import_module(
-    "lora_merge.checks.recompute"
-)  # the package has the function under this name
 
 LEVELS = ("sample", "full")
 INDEX = "model.safetensors.index.json"
@@ -650,7 +646,7 @@ def test_an_interrupt_of_a_verification_is_not_kept_waiting_for_the_rest(
 ):
     base = pico("llama", "bfloat16", "40KB")
     evidence = outcome(base, pico_adapter(base, target_modules="all-linear"))
-    compare, main, begun = recomputing._Compared._compare, threading.get_ident(), []
+    explain, main, begun = PlainRows.are_explained, threading.get_ident(), []
 
     def struck(*arguments):
         begun.append(arguments)
@@ -658,9 +654,9 @@ def test_an_interrupt_of_a_verification_is_not_kept_waiting_for_the_rest(
         if begun[0] is arguments:  # once, after all threads have begun
             signal.pthread_kill(main, signal.SIGINT)
             time.sleep(0.2)
-        return compare(*arguments)
+        return explain(*arguments)
 
-    monkeypatch.setattr(recomputing._Compared, "_compare", struck)
+    monkeypatch.setattr(PlainRows, "are_explained", struck)
     with pytest.raises(KeyboardInterrupt), reckoners(n_threads) as crew:
         verify(evidence.plan, evidence.root, evidence.records, "full", crew=crew)
     assert 1 <= len(begun) <= 2 * n_threads < len(steps_of(evidence, Merge)) / 2
