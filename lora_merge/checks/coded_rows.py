@@ -21,7 +21,7 @@ from lora_merge.checks.bounds import REACH
 from lora_merge.checks.decoding.by_code import coded_rows, coding_of
 from lora_merge.checks.decoding.decoder import FLOAT32, UNDERFLOW
 from lora_merge.checks.expecting import is_one_product
-from lora_merge.checks.kept import Factor, Kept
+from lora_merge.checks.kept import ProductRows
 from lora_merge.runtime.shortage import BLAS_BYTES, need_room
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from lora_merge.checks.decoding.by_code import Coded, Coding
     from lora_merge.checks.reading import Reader
     from lora_merge.core.plan import Merge
-    from lora_merge.core.tensor import Survival
     from lora_merge.core.weight import Weight
 
     Wide = np.ndarray[Any, np.dtype[np.float64]]
@@ -65,23 +64,14 @@ class _Rows(NamedTuple):
     codes: np.ndarray[Any, np.dtype[np.uint8]]
 
 
-class CodedRows:
-    """The rows of one merged weight.
-
-    Args:
-        reader: of all files.
-        op: what was done to it, for which `applies` is true.
-        written: the weight as it is in the output.
-    """
+class CodedRows(ProductRows):
+    """The rows of one merged weight whose codes keep their scales."""
 
     def __init__(self, reader: Reader, op: Merge, written: Weight) -> None:
-        self._reader, self._op, self._written = reader, op, written
+        super().__init__(reader, op, written)
         coding = coding_of(op.target, op.source.shape)
         assert coding is not None
         self._coding: Coding = coding
-        self._is_adapter = op.rounding is not None
-        self._factor: Factor | None = None
-        self._kept: Kept | None = None
 
     @staticmethod
     def applies(op: Merge) -> bool:
@@ -109,20 +99,6 @@ class CodedRows:
             assert self._kept is not None
             self._kept.add(read.change, error, lambda: _others(read, numbers, meaning), beyond)
             return True
-
-    def are_as_recorded(self, record: Survival | None) -> bool:
-        """Return True where the adapter's effect on the rows that were asked is what is recorded of all."""
-        if record is None or self._kept is None:
-            return False
-        return self._kept.is_as_recorded(record, self._op.view.n_rows)
-
-    def _is_ready(self) -> bool:
-        """Read A, once; return False where nothing can be told with it."""
-        if self._factor is None:
-            self._factor = Factor.of(self._reader, self._op.deltas[0])
-            if self._factor is not None:
-                self._kept = Kept.of(self._factor.a, is_adapter=self._is_adapter)
-        return self._kept is not None
 
     def _read(self, rows: Sequence[int]) -> _Rows | None:
         """Return some rows; None where one of the files has them in another form."""

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from lora_merge.checks.reading import Reader
     from lora_merge.core.adapter import PlacedDelta
+    from lora_merge.core.plan import Merge
     from lora_merge.core.tensor import Survival
+    from lora_merge.core.weight import Weight
 
     Wide = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -96,8 +98,9 @@ class Kept:
         self._is_asked |= not Norms.of(Sums(error=found, effect=size)).is_much_less(sqrt(beyond))
         if self._is_adapter and self._is_asked:
             nearest, within = others()
-            sums.nearest += self._seen(nearest)
-            sums.within += self._seen(within)
+            lost = self._seen(nearest)
+            sums.nearest += lost
+            sums.within += lost if within is nearest else self._seen(within)
             self._n_others += len(change)
         sums.error += found
         sums.effect += size
@@ -131,6 +134,40 @@ class Kept:
         if not self._is_adapter or norms.is_much_less(sqrt(self._beyond)):
             return True
         return self._n_others == self._sums.n_rows and norms.is_surely_kept()
+
+
+class ProductRows:
+    """The rows of one merged weight, to which one product is added: what its kinds have in common.
+
+    Args:
+        reader: of all files.
+        op: what was done to it, for which `applies` of the kind is true.
+        written: the weight as it is in the output.
+    """
+
+    def __init__(self, reader: Reader, op: Merge, written: Weight) -> None:
+        self._reader, self._op, self._written = reader, op, written
+        self._is_adapter = op.rounding is not None
+        # Nothing is recorded of the nearest numbers of a plain dtype.
+        self._is_accounted = self._is_adapter or not op.target.is_dense
+        self._factor: Factor | None = None
+        self._kept: Kept | None = None
+
+    def are_as_recorded(self, record: Survival | None) -> bool:
+        """Return True where the adapter's effect on the rows that were asked is what is recorded of all, if anything is to be."""
+        if not self._is_accounted:
+            return True
+        if record is None or self._kept is None:
+            return False
+        return self._kept.is_as_recorded(record, self._op.view.n_rows)
+
+    def _is_ready(self) -> bool:
+        """Read A, once; return False where nothing can be told with it."""
+        if self._factor is None:
+            self._factor = Factor.of(self._reader, self._op.deltas[0])
+            if self._factor is not None and self._is_accounted:
+                self._kept = Kept.of(self._factor.a, is_adapter=self._is_adapter)
+        return self._factor is not None and (self._kept is not None or not self._is_accounted)
 
 
 def _seeing(right: Wide) -> Wide | None:

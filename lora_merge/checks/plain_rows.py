@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.checks.bounds import REACH
 from lora_merge.checks.expecting import is_one_product
-from lora_merge.checks.kept import Factor, Kept
+from lora_merge.checks.kept import Factor, ProductRows
 from lora_merge.checks.rounding import PRECISION, SMALLEST
 from lora_merge.core.weight import WEIGHT
 from lora_merge.runtime.shortage import BLAS_BYTES, need_room
@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from lora_merge.checks.reading import Reader
     from lora_merge.core.plan import Merge
-    from lora_merge.core.tensor import Survival
-    from lora_merge.core.weight import Weight
 
     Wide = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -34,20 +31,8 @@ _UNDERFLOW = 2.0**-149
 """As in `lora_merge.checks.formulas`."""
 
 
-class PlainRows:
-    """The rows of one merged weight.
-
-    Args:
-        reader: of all files.
-        op: what was done to it, for which `applies` is true.
-        written: the weight as it is in the output.
-    """
-
-    def __init__(self, reader: Reader, op: Merge, written: Weight) -> None:
-        self._reader, self._op, self._written = reader, op, written
-        self._is_adapter = op.rounding is not None
-        self._factor: Factor | None = None
-        self._kept: Kept | None = None
+class PlainRows(ProductRows):
+    """The rows of one merged weight of a plain dtype."""
 
     @staticmethod
     def applies(op: Merge) -> bool:
@@ -86,20 +71,6 @@ class PlainRows:
                 self._kept.add(change, stored - exact, lambda: (rounded(exact, dtype) - exact,) * 2)
             low, high = (rounded(end, dtype) for end in ends)
             return bool(((low <= stored) & (stored <= high)).all())
-
-    def are_as_recorded(self, record: Survival | None) -> bool:
-        """Return True where the adapter's effect on the rows that were asked is what is recorded of all, if anything is to be."""
-        if self._kept is None:
-            return True
-        return record is not None and self._kept.is_as_recorded(record, self._op.view.n_rows)
-
-    def _is_ready(self) -> bool:
-        """Read A, once; return False where nothing can be told with it."""
-        if self._factor is None:
-            self._factor = Factor.of(self._reader, self._op.deltas[0])
-            if self._factor is not None and self._is_adapter:
-                self._kept = Kept.of(self._factor.a, is_adapter=True)
-        return self._factor is not None and (self._kept is not None or not self._is_adapter)
 
 
 def changed(before: Wide, left: Wide, right: Factor, scale: float) -> tuple[Wide, Wide, Wide]:

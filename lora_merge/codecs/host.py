@@ -7,7 +7,8 @@ from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_merge.codecs.geometry import groups_of, lines_of
-from lora_merge.codecs.lattice import E2M1, E4M3, E5M2, Integers
+from lora_merge.codecs.lattice import E2M1, Integers
+from lora_merge.codecs.scaled import LATTICES
 from lora_merge.core.weight import WEIGHT
 from lora_merge.runtime.host_floats import host_floats
 
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 _FLOATS = {"F32", "BF16", "F16"}
 _BYTES = {"F8_E8M0", "U8", "F8_E4M3"}
 """Dtypes of scales: floating-point numbers, and codes of eight bits."""
-
-
-_LATTICES: dict[str, Lattice] = {"F8_E4M3": E4M3, "F8_E5M2": E5M2, "I8": Integers(-128, 127)}
-"""What a byte can be."""
 
 
 class _Coding(NamedTuple):
@@ -59,7 +56,7 @@ def _coding(storage: Storage) -> _Coding | None:
         case "scaled":
             codes, block = str(settings["codes"]), int(settings["block_rows"])
             group, scale = int(settings["block_columns"]), str(settings["scale"])
-            return _Coding(_LATTICES[codes], codes, 8, group, block, scale)
+            return _Coding(LATTICES[codes], codes, 8, group, block, scale)
         case "fp4":
             scale, overall = f"F8_{settings['scale']}", str(settings["global"])
             return _Coding(E2M1, "E2M1", 4, int(settings["group"]), 1, scale, overall)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, cast
 
-from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.checks.expecting import is_plain_product
 from lora_merge.deltas.factors import FactorFacts, Factors
 from lora_merge.deltas.low_rank import plain_pair
 from lora_merge.formats.safetensors import load, load_numbers
@@ -52,7 +52,8 @@ def distances(
     names = names[:: max(1, -(-len(names) // MOST_TENSORS))]
     weights = [weight for name in names for weight in (ours[name], others[ours[name].name])]
     has_torch = not (
-        all(map(is_read_alone, weights)) and all(_is_plain(delta) for name in names for delta in deltas[name])
+        all(map(is_read_alone, weights))
+        and all(is_plain_product(delta) for name in names for delta in deltas[name])
     )
     # For samples of this size torch's threads take longer to wait for each other than to work.
     with one_torch_thread(has_torch=has_torch):
@@ -108,22 +109,11 @@ def _delta_norm(deltas: Sequence[PlacedDelta], factors: Factors) -> float:
     return math.sqrt(sum(delta.delta.effective_scale**2 * _square(delta, factors) for delta in deltas))
 
 
-def _is_plain(delta: PlacedDelta) -> bool:
-    """Return whether a change is B A of two matrices as they are stored."""
-    refs = delta.factors
-    return (
-        delta.facts.is_plain
-        and not delta.part
-        and refs.keys() == {"A", "B"}
-        and all(ref.dtype in TORCH_NAMES and len(ref.shape) == 2 for ref in refs.values())
-    )
-
-
 def _square(delta: PlacedDelta, factors: Factors) -> float:
     """Return ‖B A‖², by the small products Bᵀ B and A Aᵀ."""
     import numpy as np
 
-    if _is_plain(delta):
+    if is_plain_product(delta):
         left, right = (load_numbers(delta.factors[role]) for role in ("B", "A"))
         need_room(BLAS_BYTES, "multiply matrices")
         with np.errstate(all="ignore"):  # a norm that is not finite is left out

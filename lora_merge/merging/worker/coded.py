@@ -9,6 +9,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.checks.expecting import is_one_product
 from lora_merge.codecs.host import host_grid, is_host
 from lora_merge.core.weight import WEIGHT
 from lora_merge.merging.worker.plain import added_of, is_added
@@ -43,10 +44,7 @@ def is_coded(op: Merge) -> bool:
         library() is not None
         and op.on_stored_grid
         and is_host(op.source.storage, op.source.shape)
-        and op.combination is None
-        and (op.rounding is None or op.rounding.method == "adapter")
-        and len(op.deltas) == 1
-        and op.deltas[0].adapter_weight == 1
+        and is_one_product(op)
         and op.reach == "rows"
         and op.deltas[0].rank * _NARROW <= op.view.columns
         and is_added(op.deltas[0])
